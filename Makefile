@@ -1,0 +1,53 @@
+# Every target sets up what it needs first (scripts/set-up): Debian packages, .venv and the C modules.
+# A second run finds them there and takes a moment. `make help` lists the targets.
+
+PREFIX ?= /usr/local
+# The program's own venv; PREFIX/bin/mcr is a link into it.
+MCR_HOME ?= $(if $(filter /usr/local,$(PREFIX)),/opt/mcr,$(PREFIX)/lib/mcr)
+
+PYTHON := .venv/bin/python
+# cffi's own output, which nobody formats, begins with an underscore.
+C_FILES := $(filter-out $(wildcard mcr/_*.c mcr/*/_*.c), \
+	$(wildcard bpf/*.[ch] mcr/*.[ch] mcr/*/*.[ch] tests/c/*.[ch]))
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test soak lint format install uninstall clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## install what is missing and compile the C modules
+	@scripts/set-up
+
+demo: build ## relay one stream through three network namespaces and show it (root)
+	@scripts/as-root $(PYTHON) -m mcr.demo
+
+test: build ## run the tests, under 10 minutes (root)
+	@scripts/as-root $(PYTHON) -m pytest tests
+
+soak: build ## run the long tests with the full figures (root)
+	@scripts/as-root $(PYTHON) -m pytest -m soak --timeout 900 tests
+
+lint: build ## check style, types and format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	clang-format --dry-run -Werror $(C_FILES)
+
+format: build ## rewrite the sources in the format that lint wants
+	$(PYTHON) -m ruff format .
+	clang-format -i $(C_FILES)
+
+install: build ## install the program in /opt/mcr and a link to it in PREFIX/bin (root)
+	@scripts/as-root scripts/install "$(MCR_HOME)" "$(PREFIX)/bin/mcr"
+
+uninstall: ## remove what `make install` made (root)
+	@scripts/as-root rm -rf "$(MCR_HOME)" "$(PREFIX)/bin/mcr"
+
+clean: ## remove what was compiled, and caches
+	rm -rf build dist mcr.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
+	find mcr \( -name '*.so' -o -name '*.o' -o -name '_*.c' \) -delete
+
+distclean: clean ## remove .venv as well
+	rm -rf .venv
