@@ -1,0 +1,240 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
+/*
+ * The one copy of every struct and limit that the XDP program, the worker's C core and Python share.
+ *
+ * Python reads this file through cffi, which knows no preprocessor: constants are enums, and a line
+ * that starts with '#' or with _Static_assert is invisible to it. Addresses are 16 bytes, IPv4 as
+ * v4-mapped IPv6 (RFC 4291 section 2.5.5.2). Ports are in host byte order unless a name says otherwise.
+ */
+#ifndef MCR_RELAY_ABI_H
+#define MCR_RELAY_ABI_H
+
+#include <linux/types.h>
+
+/* Bumped whenever a struct, a limit or the meaning of a field changes: pinned state of another
+ * version is refused, never guessed at. */
+enum mcr_version {
+	MCR_ABI_VERSION = 1,
+};
+
+enum mcr_limit {
+	MCR_MAX_RULES = 4096,	/* rule_id 1 .. MCR_MAX_RULES - 1; 0 means none */
+	MCR_MAX_OUTPUTS = 8192, /* output_id 1 .. MCR_MAX_OUTPUTS - 1; 0 means none */
+	MCR_MAX_OUTPUTS_PER_RULE = 64,
+	MCR_MAX_WORKERS = 64, /* worker slots of one instance */
+	MCR_MAX_QUEUES = 64,  /* receive queues that one worker can drain */
+	MCR_MAX_XSKS = 4096,  /* AF_XDP sockets of one instance: every queue of every worker */
+	MCR_MAX_VLAN_TAGS = 2,
+	MCR_MAX_IPV6_EXTENSIONS = 6,
+};
+
+/* Why a packet that matched a rule was not relayed. Every lost packet has exactly one reason. */
+enum mcr_drop_reason {
+	MCR_DROP_FRAGMENT = 0,	   /* an IP fragment: a datagram's ports are only in its first one */
+	MCR_DROP_TRUNCATED = 1,	   /* the IP packet is longer than the frame that carried it */
+	MCR_DROP_BAD_LENGTH = 2,   /* the UDP length contradicts the IP length */
+	MCR_DROP_OVERSIZE = 3,	   /* larger than the interface MTU or a frame of the pool */
+	MCR_DROP_NO_WORKER = 4,	   /* no AF_XDP socket serves the receive queue */
+	MCR_DROP_NO_METADATA = 5,  /* the driver left no room for metadata */
+	MCR_DROP_UNKNOWN_RULE = 6, /* the worker no longer knows the rule */
+	MCR_DROP_REASONS = 7,
+};
+
+/* Why a relayed packet was not sent by one output. */
+enum mcr_output_drop_reason {
+	MCR_OUTPUT_DROP_SOCKET_FULL = 0, /* the socket's send buffer is full (EAGAIN, ENOBUFS) */
+	MCR_OUTPUT_DROP_UNREACHABLE = 1, /* no route, host or network (ENETUNREACH, EHOSTUNREACH) */
+	MCR_OUTPUT_DROP_LINK_DOWN = 2,	 /* the egress interface is down or gone (ENETDOWN, ENODEV) */
+	MCR_OUTPUT_DROP_TTL_EXPIRED = 3, /* ttl=decrement reached zero */
+	MCR_OUTPUT_DROP_TOO_LARGE = 4,	 /* the datagram does not fit, even in fragments (EMSGSIZE) */
+	MCR_OUTPUT_DROP_DENIED = 5,	 /* the firewall or a policy refused it (EPERM, EACCES) */
+	MCR_OUTPUT_DROP_SEND_ERROR = 6,	 /* any other error of the send */
+	MCR_OUTPUT_DROP_REASONS = 7,
+};
+
+/* The settings word lets the usual packet skip the rule lookups that no rule needs. */
+enum mcr_setting {
+	MCR_HAS_SOURCE_PORT = 1, /* some rule has a source and a port */
+	MCR_HAS_ANY_PORT = 2,	 /* some rule has a port and any source */
+	MCR_HAS_SOURCE_STAR = 4, /* some rule has a source and any port */
+	MCR_HAS_ANY_STAR = 8,	 /* some rule has any source and any port */
+};
+
+struct mcr_settings {
+	__u32 abi_version;
+	__u32 lookups; /* enum mcr_setting */
+};
+
+/* The key of an input stream. Zero means: no tag, any port, any source. */
+struct mcr_rule_key {
+	__u32 ifindex;
+	__u16 vlan;	  /* the tag next to the IP header */
+	__u16 vlan_outer; /* the 802.1ad tag around it */
+	__u16 dport;
+	__u16 reserved;
+	__u8 daddr[16];
+	__u8 saddr[16];
+};
+
+struct mcr_rule_value {
+	__u32 rule_id;
+	__u32 xsk_base;	   /* the AF_XDP socket is xsk_base + receive queue */
+	__u32 frame_limit; /* the longest frame, in bytes from the Ethernet header, to take */
+	__u32 reserved;
+};
+
+/* Written by XDP in front of the frame; the worker reads it and no header. */
+struct mcr_metadata {
+	__u64 rx_time_ns; /* CLOCK_MONOTONIC at the XDP hook */
+	__u32 rule_id;
+	__u16 payload_offset; /* from the Ethernet header */
+	__u16 payload_length;
+	__u16 ip_offset;
+	__u16 dport;
+	__u8 ttl; /* or hop limit */
+	__u8 tos; /* or traffic class: DSCP and ECN */
+	__u16 reserved;
+};
+
+/* Kept by XDP, one copy for each CPU. */
+struct mcr_rule_stats {
+	__u64 packets; /* that matched the rule; bytes counts their UDP payload */
+	__u64 bytes;
+	__u64 last_seen_ns; /* CLOCK_MONOTONIC */
+	__u64 dropped[MCR_DROP_REASONS];
+};
+
+/* Kept by a worker; the index is the rule_id. `received` is the AF_PACKET ingress's own count,
+ * which has no XDP program to count for it. */
+struct mcr_rule_counters {
+	__u64 received_packets;
+	__u64 received_bytes;
+	__u64 last_seen_ns;
+	__u64 relayed_packets;
+	__u64 relayed_bytes;
+	__u64 dropped[MCR_DROP_REASONS];
+};
+
+/* Kept by a worker; the index is the output_id. */
+struct mcr_output_counters {
+	__u64 sent_packets;
+	__u64 sent_bytes;
+	__u64 dropped[MCR_OUTPUT_DROP_REASONS];
+	__u64 last_error; /* errno of the last failed send, 0 if none failed */
+};
+
+/* Kept by a worker; the index is its slot. The four frame states always add up to the pool. */
+struct mcr_worker_counters {
+	__u64 frames_fill;
+	__u64 frames_receive;
+	__u64 frames_in_flight;
+	__u64 frames_free;
+	__u64 batches;
+	__u64 packets;
+	__u64 waits;		 /* times the worker slept */
+	__u64 receive_ring_full; /* AF_XDP: packets lost because the worker was behind */
+	__u64 fill_ring_empty;	 /* AF_XDP: packets lost because no frame was free */
+	__u64 socket_dropped;	 /* AF_PACKET: packets lost before the worker saw them */
+};
+
+enum mcr_ingress {
+	MCR_INGRESS_XSK = 1,
+	MCR_INGRESS_PACKET = 2,
+};
+
+enum mcr_zero_copy {
+	MCR_ZERO_COPY_AUTO = 0,
+	MCR_ZERO_COPY_ON = 1,
+	MCR_ZERO_COPY_OFF = 2,
+};
+
+/* From the supervisor to a worker, one message each. Every command is acknowledged. */
+enum mcr_command_type {
+	MCR_SETUP =
+		1, /* first and once; descriptors: rule, output and worker counters [, AF_PACKET socket] */
+	MCR_ADD_OUTPUT = 2, /* adds or replaces; descriptor: the UDP socket */
+	MCR_DEL_OUTPUT = 3,
+	MCR_SET_RULE = 4, /* adds or replaces; its outputs must be known */
+	MCR_DEL_RULE = 5,
+	MCR_PING = 6,	  /* refreshes the worker counters */
+	MCR_SHUTDOWN = 7, /* drains and ends; the acknowledgement is the last message */
+};
+
+struct mcr_setup {
+	__u32 abi_version;
+	__u32 ingress; /* enum mcr_ingress */
+	__u32 ifindex;
+	__u32 queue_first;
+	__u32 queue_count;
+	__u32 frame_count; /* a power of two */
+	__u32 frame_size;  /* bytes: 2048 or 4096 */
+	__u32 zero_copy;   /* enum mcr_zero_copy */
+	__u32 busy_poll;
+	__u32 worker_slot;
+	__u32 user_id; /* to become after set-up; 0 stays who it is */
+	__u32 group_id;
+	char interface[16];
+};
+
+enum mcr_output_flag {
+	MCR_OUTPUT_KEEP_PORT = 1,	/* destination port of the packet, not of the output */
+	MCR_OUTPUT_PRESERVE_DSCP = 2,	/* DSCP of the packet, not of the output */
+	MCR_OUTPUT_DECREMENT_TTL = 4,	/* TTL of the packet less one */
+	MCR_OUTPUT_PRESERVE_SOURCE = 8, /* source address of the packet */
+};
+
+struct mcr_add_output {
+	__u32 output_id;
+	__u32 flags;  /* enum mcr_output_flag */
+	__u16 family; /* AF_INET or AF_INET6 */
+	__u16 dport;
+	__u32 scope_id;	 /* interface index of an IPv6 link-local or multicast destination, or 0 */
+	__u32 gso_limit; /* the largest payload that fits the egress MTU unfragmented, in bytes */
+	__u8 dscp;	 /* already set on the socket unless MCR_OUTPUT_PRESERVE_DSCP */
+	__u8 reserved[3];
+	__u8 daddr[16];
+};
+
+struct mcr_set_rule {
+	struct mcr_rule_key key; /* used by the AF_PACKET ingress, which finds its rules itself */
+	__u32 rule_id;
+	__u32 frame_limit; /* as in mcr_rule_value */
+	__u32 output_count;
+	__u32 output_ids[MCR_MAX_OUTPUTS_PER_RULE];
+};
+
+struct mcr_command {
+	__u32 type;	/* enum mcr_command_type */
+	__u32 sequence; /* comes back in the reply */
+	union {
+		struct mcr_setup setup;
+		struct mcr_add_output output;
+		struct mcr_set_rule rule;
+		__u32 id; /* of MCR_DEL_OUTPUT and MCR_DEL_RULE */
+	};
+};
+
+/* From a worker to the supervisor. The reply to MCR_SETUP carries the AF_XDP sockets, one descriptor
+ * for each queue, for the supervisor to put into the XSKMAP once the rules are in place. */
+struct mcr_reply {
+	__u32 type;	   /* of the command */
+	__u32 sequence;	   /* of the command */
+	__s32 status;	   /* 0 or -errno */
+	__u32 zero_copy;   /* of MCR_SETUP: 1 if the driver bound the sockets in zero-copy mode */
+	char message[112]; /* cause of a failure, NUL-terminated */
+};
+
+_Static_assert(MCR_MAX_XSKS == MCR_MAX_WORKERS * MCR_MAX_QUEUES, "every queue has its slot");
+_Static_assert(sizeof(struct mcr_settings) == 8, "struct mcr_settings");
+_Static_assert(sizeof(struct mcr_rule_key) == 44, "struct mcr_rule_key");
+_Static_assert(sizeof(struct mcr_rule_value) == 16, "struct mcr_rule_value");
+_Static_assert(sizeof(struct mcr_metadata) == 24,
+	       "struct mcr_metadata: at most 32 on kernel 6.1, a multiple of 4");
+_Static_assert(sizeof(struct mcr_rule_stats) == 80, "struct mcr_rule_stats");
+_Static_assert(sizeof(struct mcr_rule_counters) == 96, "struct mcr_rule_counters");
+_Static_assert(sizeof(struct mcr_output_counters) == 80, "struct mcr_output_counters");
+_Static_assert(sizeof(struct mcr_worker_counters) == 80, "struct mcr_worker_counters");
+_Static_assert(sizeof(struct mcr_command) == 320, "struct mcr_command");
+_Static_assert(sizeof(struct mcr_reply) == 128, "struct mcr_reply");
+
+#endif /* MCR_RELAY_ABI_H */

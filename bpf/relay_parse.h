@@ -1,0 +1,214 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
+/*
+ * The one packet parser: Ethernet, VLAN tags, IPv4 or IPv6, UDP. The XDP program and the worker's
+ * AF_PACKET ingress compile the same lines, so that both always give the same answer. It reads
+ * nothing beyond data_end, keeps no state, and makes no decision about rules.
+ */
+#ifndef MCR_RELAY_PARSE_H
+#define MCR_RELAY_PARSE_H
+
+#include "relay_abi.h"
+
+/* Values of IEEE 802 numbers and IANA protocol numbers, in host byte order. */
+enum {
+	MCR_ETHERTYPE_IPV4 = 0x0800,
+	MCR_ETHERTYPE_IPV6 = 0x86dd,
+	MCR_ETHERTYPE_VLAN = 0x8100,
+	MCR_ETHERTYPE_QINQ = 0x88a8,
+	MCR_PROTOCOL_HOP_BY_HOP = 0,
+	MCR_PROTOCOL_UDP = 17,
+	MCR_PROTOCOL_ROUTING = 43,
+	MCR_PROTOCOL_FRAGMENT = 44,
+	MCR_PROTOCOL_AUTHENTICATION = 51,
+	MCR_PROTOCOL_DESTINATION = 60,
+	MCR_ETHERNET_LENGTH = 14,
+	MCR_VLAN_LENGTH = 4,
+	MCR_IPV6_LENGTH = 40,
+	MCR_UDP_LENGTH = 8,
+};
+
+enum { MCR_NO_DROP = -1 };
+
+/* What a frame holds. The key lacks the ifindex, which the frame does not tell. */
+struct mcr_packet {
+	struct mcr_rule_key key;
+	__s32 drop_reason; /* enum mcr_drop_reason, or MCR_NO_DROP */
+	__u16 ip_offset;
+	__u16 payload_offset;
+	__u16 payload_length;
+	__u8 ttl;
+	__u8 tos;
+};
+
+static __always_inline __u16 mcr_load_u16(const void *from)
+{
+	const __u8 *bytes = from;
+
+	return (__u16)bytes[0] << 8 | bytes[1];
+}
+
+/* A tag with VID 0 is a priority tag, which names no VLAN (IEEE 802.1Q). */
+static __always_inline void mcr_enter_vlan(struct mcr_rule_key *key, __u16 tag)
+{
+	__u16 vlan = tag & 0x0fff;
+
+	if (!vlan)
+		return;
+	key->vlan_outer = key->vlan;
+	key->vlan = vlan;
+}
+
+static __always_inline void mcr_map_ipv4(__u8 mapped[16], const void *address)
+{
+	__builtin_memset(mapped, 0, 10);
+	mapped[10] = 0xff;
+	mapped[11] = 0xff;
+	__builtin_memcpy(mapped + 12, address, 4);
+}
+
+/*
+ * The UDP header, which must lie within the ip_end - cursor bytes that IP claims and within the data.
+ * Returns 1 if there is one (packet->drop_reason may still say why it can't be relayed), 0 if not.
+ */
+static __always_inline int mcr_parse_udp(void *data, void *data_end, void *cursor, __u32 frame_length,
+					 __u32 ip_end, int fragment, struct mcr_packet *packet)
+{
+	__u8 *udp = cursor;
+	__u32 offset = (__u8 *)cursor - (__u8 *)data;
+	__u16 length;
+
+	if ((void *)(udp + MCR_UDP_LENGTH) > data_end || ip_end < offset + MCR_UDP_LENGTH)
+		return 0;
+	packet->key.dport = mcr_load_u16(udp + 2);
+	packet->payload_offset = offset + MCR_UDP_LENGTH;
+	length = mcr_load_u16(udp + 4);
+	if (fragment)
+		packet->drop_reason = MCR_DROP_FRAGMENT;
+	else if (ip_end > frame_length)
+		packet->drop_reason = MCR_DROP_TRUNCATED;
+	else if (length < MCR_UDP_LENGTH || length > ip_end - offset)
+		packet->drop_reason = MCR_DROP_BAD_LENGTH;
+	else
+		packet->payload_length = length - MCR_UDP_LENGTH;
+	return 1;
+}
+
+/* RFC 791. */
+static __always_inline int mcr_parse_ipv4(void *data, void *data_end, void *cursor, __u32 frame_length,
+					  struct mcr_packet *packet)
+{
+	__u8 *ip = cursor;
+	__u32 header_length, total_length;
+	__u16 fragment;
+
+	if ((void *)(ip + 20) > data_end || ip[0] >> 4 != 4)
+		return 0;
+	header_length = (ip[0] & 0x0f) * 4;
+	total_length = mcr_load_u16(ip + 2);
+	if (header_length < 20 || ip[9] != MCR_PROTOCOL_UDP)
+		return 0;
+	fragment = mcr_load_u16(ip + 6);
+	if (fragment & 0x1fff)
+		return 0; /* a later fragment: it names no port, so no rule can match it */
+	packet->tos = ip[1];
+	packet->ttl = ip[8];
+	mcr_map_ipv4(packet->key.saddr, ip + 12);
+	mcr_map_ipv4(packet->key.daddr, ip + 16);
+	return mcr_parse_udp(data, data_end, ip + header_length, frame_length,
+			     packet->ip_offset + total_length, fragment & 0x2000, packet);
+}
+
+/* RFC 8200, with the extension headers that may come before UDP; RFC 4302 for the authentication header. */
+static __always_inline int mcr_parse_ipv6(void *data, void *data_end, void *cursor, __u32 frame_length,
+					  struct mcr_packet *packet)
+{
+	__u8 *ip = cursor, *header = ip + MCR_IPV6_LENGTH;
+	__u32 ip_end;
+	__u8 protocol;
+	int fragment = 0;
+
+	if ((void *)header > data_end || ip[0] >> 4 != 6)
+		return 0;
+	ip_end = packet->ip_offset + MCR_IPV6_LENGTH + mcr_load_u16(ip + 4);
+	packet->tos = mcr_load_u16(ip) >> 4;
+	packet->ttl = ip[7];
+	__builtin_memcpy(packet->key.saddr, ip + 8, 16);
+	__builtin_memcpy(packet->key.daddr, ip + 24, 16);
+	protocol = ip[6];
+#pragma GCC unroll 8
+	for (int i = 0; i < MCR_MAX_IPV6_EXTENSIONS; i++) {
+		__u32 length;
+
+		if (protocol == MCR_PROTOCOL_UDP)
+			break;
+		if ((void *)(header + 8) > data_end)
+			return 0;
+		length = (header[1] + 1) * 8;
+		if (protocol == MCR_PROTOCOL_FRAGMENT) {
+			__u16 field = mcr_load_u16(header + 2);
+
+			if (field & 0xfff8)
+				return 0; /* a later fragment, as above */
+			fragment = field & 1;
+			length = 8;
+		} else if (protocol == MCR_PROTOCOL_AUTHENTICATION) {
+			length = (header[1] + 2) * 4;
+		} else if (protocol != MCR_PROTOCOL_HOP_BY_HOP && protocol != MCR_PROTOCOL_ROUTING &&
+			   protocol != MCR_PROTOCOL_DESTINATION) {
+			return 0;
+		}
+		protocol = header[0];
+		header += length;
+	}
+	if (protocol != MCR_PROTOCOL_UDP)
+		return 0;
+	return mcr_parse_udp(data, data_end, header, frame_length, ip_end, fragment, packet);
+}
+
+/*
+ * Parses the frame in [data, data_end) whose whole length is frame_length (more than data_end - data
+ * when the driver hands over only its first buffer). tag is a VLAN tag that the device took out of the
+ * frame, or 0. Returns 1 and fills *packet if the frame is UDP with readable ports, else 0.
+ */
+static __always_inline int mcr_parse(void *data, void *data_end, __u32 frame_length, __u16 tag,
+				     struct mcr_packet *packet)
+{
+	__u8 *cursor = (__u8 *)data + 12;
+	__u16 ethertype;
+
+	__builtin_memset(packet, 0, sizeof(*packet));
+	packet->drop_reason = MCR_NO_DROP;
+	mcr_enter_vlan(&packet->key, tag);
+	if ((void *)(cursor + 2) > data_end)
+		return 0;
+	ethertype = mcr_load_u16(cursor);
+	cursor += 2;
+#pragma GCC unroll 2
+	for (int i = 0; i < MCR_MAX_VLAN_TAGS; i++) {
+		if (ethertype != MCR_ETHERTYPE_VLAN && ethertype != MCR_ETHERTYPE_QINQ)
+			break;
+		if ((void *)(cursor + MCR_VLAN_LENGTH) > data_end)
+			return 0;
+		mcr_enter_vlan(&packet->key, mcr_load_u16(cursor));
+		ethertype = mcr_load_u16(cursor + 2);
+		cursor += MCR_VLAN_LENGTH;
+	}
+	packet->ip_offset = cursor - (__u8 *)data;
+	if (ethertype == MCR_ETHERTYPE_IPV4)
+		return mcr_parse_ipv4(data, data_end, cursor, frame_length, packet);
+	if (ethertype == MCR_ETHERTYPE_IPV6)
+		return mcr_parse_ipv6(data, data_end, cursor, frame_length, packet);
+	return 0;
+}
+
+/* The keys that may match a packet, most specific first; step 0 is (S,G,port). */
+static __always_inline void mcr_widen_key(struct mcr_rule_key *key, const struct mcr_packet *packet, int step)
+{
+	*key = packet->key;
+	if (step & 1)
+		__builtin_memset(key->saddr, 0, sizeof(key->saddr));
+	if (step & 2)
+		key->dport = 0;
+}
+
+#endif /* MCR_RELAY_PARSE_H */

@@ -1,0 +1,1 @@
+"""MCR: a multicast relay for Linux, accelerated with XDP and io_uring and controlled from Python."""

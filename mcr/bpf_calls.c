@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: MIT
+/* Glue over libbpf: the calls whose options cffi cannot spell. It decides nothing. */
+#include <bpf/bpf.h>
+#include <bpf/libbpf.h>
+#include <errno.h>
+#include <linux/if_link.h>
+#include <linux/magic.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+#include "bpf_calls.h"
+
+int mcr_load_xdp(const char *name, const void *instructions, size_t count, char *log, size_t log_size)
+{
+	LIBBPF_OPTS(bpf_prog_load_opts, options, .prog_flags = BPF_F_XDP_HAS_FRAGS);
+	int fd = bpf_prog_load(BPF_PROG_TYPE_XDP, name, "Dual MIT/GPL", instructions, count, &options);
+
+	if (fd >= 0)
+		return fd;
+	/* Once more for the verifier's words: a log costs time, and most loads succeed. */
+	options.log_level = 1;
+	options.log_buf = log;
+	options.log_size = log_size;
+	return bpf_prog_load(BPF_PROG_TYPE_XDP, name, "Dual MIT/GPL", instructions, count, &options);
+}
+
+int mcr_link_xdp(int prog_fd, int ifindex, int generic)
+{
+	LIBBPF_OPTS(bpf_link_create_opts, options,
+		    .flags = generic ? XDP_FLAGS_SKB_MODE : XDP_FLAGS_DRV_MODE);
+
+	return bpf_link_create(prog_fd, ifindex, BPF_XDP, &options);
+}
+
+int mcr_program_name(uint32_t id, char name[16])
+{
+	struct bpf_prog_info info = {};
+	uint32_t length = sizeof(info);
+	int fd = bpf_prog_get_fd_by_id(id), status;
+
+	if (fd < 0)
+		return fd;
+	status = bpf_obj_get_info_by_fd(fd, &info, &length);
+	close(fd);
+	if (!status)
+		memcpy(name, info.name, 16);
+	return status;
+}
+
+/* frame holds headroom bytes that the program may turn into metadata, then length bytes of packet. */
+int mcr_test_run(int prog_fd, void *frame, uint32_t length, uint32_t headroom, uint32_t ifindex,
+		 uint32_t queue, void *out, uint32_t out_size, uint32_t *out_length, uint32_t *meta_length,
+		 uint32_t *verdict)
+{
+	struct xdp_md in = {.data = headroom,
+			    .data_end = headroom + length,
+			    .ingress_ifindex = ifindex,
+			    .rx_queue_index = queue};
+	struct xdp_md after = {};
+	LIBBPF_OPTS(bpf_test_run_opts, options, .data_in = frame, .data_size_in = headroom + length,
+		    .data_out = out, .data_size_out = out_size, .ctx_in = &in, .ctx_size_in = sizeof(in),
+		    .ctx_out = &after, .ctx_size_out = sizeof(after), .repeat = 1);
+	int status = bpf_prog_test_run_opts(prog_fd, &options);
+
+	*out_length = options.data_size_out;
+	*meta_length = after.data - after.data_meta;
+	*verdict = options.retval;
+	return status;
+}
+
+int mcr_mount_bpffs(const char *path)
+{
+	return mount("bpf", path, "bpf", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700") ? -errno : 0;
+}
+
+int mcr_is_bpffs(const char *path)
+{
+	struct statfs info;
+
+	return statfs(path, &info) ? -errno : info.f_type == BPF_FS_MAGIC;
+}

@@ -1,0 +1,28 @@
+/* SPDX-License-Identifier: MIT */
+/* What Python calls of libbpf beside its plain functions. Everything returns 0, a descriptor, or -errno. */
+#ifndef MCR_BPF_CALLS_H
+#define MCR_BPF_CALLS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Loads an XDP program that accepts frames of several buffers. log holds the verifier's words if it fails. */
+int mcr_load_xdp(const char *name, const void *instructions, size_t count, char *log, size_t log_size);
+
+/* A bpf_link of the program to an interface: in the driver, or generic. */
+int mcr_link_xdp(int prog_fd, int ifindex, int generic);
+
+/* The name of any loaded program. */
+int mcr_program_name(uint32_t id, char name[16]);
+
+/* BPF_PROG_TEST_RUN: frame holds headroom bytes that may become metadata, then length bytes of packet. */
+int mcr_test_run(int prog_fd, void *frame, uint32_t length, uint32_t headroom, uint32_t ifindex,
+		 uint32_t queue, void *out, uint32_t out_size, uint32_t *out_length, uint32_t *meta_length,
+		 uint32_t *verdict);
+
+int mcr_mount_bpffs(const char *path);
+
+/* 1 or 0. */
+int mcr_is_bpffs(const char *path);
+
+#endif /* MCR_BPF_CALLS_H */

@@ -1,0 +1,300 @@
+"""Compiles, loads, pins and attaches the BPF side of one instance, and takes it away again.
+
+BCC, and with it LLVM, is only ever imported in a short-lived child: `python -m mcr.loader DIRECTORY`
+compiles, loads, pins everything into DIRECTORY and ends; the supervisor opens the pins. Loading goes
+through libbpf, because BCC knows neither program flags nor links. This module must never decide what
+to attach where, and never replaces a program that it did not load.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import mcr
+from mcr._bpf import ffi, lib
+from mcr.errors import ExitStatus, McrError
+
+BPFFS = Path("/sys/fs/bpf")
+MAP_NAMES = (
+    "rules",
+    "settings",
+    "xsks",
+    "rule_stats",
+    "rule_counters",
+    "output_counters",
+    "worker_counters",
+)
+PROGRAM_NAME = "mcr_relay"
+COMPILE_TIMEOUT_S = 60
+VERIFIER_LOG_BYTES = 4 << 20
+BUSY_RETRY_S = 1.0
+
+Mode = Literal["native", "generic"]
+
+
+def bpf_source_dir() -> Path:
+    """Where relay_kern.c is: inside the installed package, or beside it in a source tree."""
+    package = Path(mcr.__file__).parent
+    for directory in (package / "bpf", package.parent / "bpf"):
+        if (directory / "relay_kern.c").is_file():
+            return directory
+    raise McrError("bpf/relay_kern.c is not installed", "install MCR again: make install")
+
+
+def pin_dir(instance: str) -> Path:
+    """The directory of an instance's pins."""
+    return BPFFS / "mcr" / instance
+
+
+# --- in the child -----------------------------------------------------------------------------
+
+
+def _compile(source_dir: Path) -> tuple[dict[str, int], bytes]:
+    """Compiles relay_kern.c. Returns the descriptors of the maps by name, and the program's instructions."""
+    os.environ["BCC_KERNEL_SOURCE"] = str(source_dir / "uapi_shim")
+    try:
+        from bcc import BPF
+    except ImportError as error:
+        raise McrError(
+            f"the BPF compiler is missing: {error}",
+            "apt install python3-bpfcc, and run MCR with /usr/bin/python3",
+        ) from error
+    includes = ["/usr/include", f"/usr/include/{platform.machine()}-linux-gnu"]
+    flags = [f"-I{source_dir}", *(word for path in includes for word in ("-idirafter", path))]
+    try:
+        module = BPF(src_file=str(source_dir / "relay_kern.c"), cflags=flags)
+        descriptors = {name: int(module[name].map_fd) for name in MAP_NAMES}
+        return descriptors, bytes(module.dump_func(PROGRAM_NAME))
+    except Exception as error:  # BCC raises bare Exceptions; the compiler's own words are on stderr
+        raise McrError(
+            f"relay_kern.c does not compile: {error}", "see the compiler's messages above"
+        ) from error
+
+
+def _verifier_words(log: str) -> str:
+    """The line of a verifier log that says what is wrong: the last one before its statistics."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    wanted = [
+        line for line in lines if not line.startswith(("processed ", "verification time", "stack depth"))
+    ]
+    return wanted[-1] if wanted else "no verifier log"
+
+
+def _load(instructions: bytes) -> int:
+    log = ffi.new("char[]", VERIFIER_LOG_BYTES)
+    fd = int(
+        lib.mcr_load_xdp(
+            PROGRAM_NAME.encode(), ffi.from_buffer(instructions), len(instructions) // 8, log, len(log)
+        )
+    )
+    if fd >= 0:
+        return fd
+    if fd in (-errno.EPERM, -errno.EACCES) and not ffi.string(log):
+        raise McrError(
+            "not permitted to load BPF programs",
+            "run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON",
+            status=ExitStatus.NOT_PERMITTED,
+        )
+    text = ffi.string(log).decode(errors="replace")
+    sys.stderr.write(text[-8000:])
+    raise McrError(
+        f"the kernel refused {PROGRAM_NAME}: {os.strerror(-fd)}: {_verifier_words(text)}",
+        f"MCR needs Linux 6.1 or later; this is {platform.release()}",
+    )
+
+
+def _pin(fd: int, path: Path) -> None:
+    status = lib.bpf_obj_pin(fd, bytes(path))
+    if status < 0:
+        raise McrError(f"cannot pin {path}: {os.strerror(-status)}", "mount bpffs writable at /sys/fs/bpf")
+
+
+def compile_into(directory: Path) -> None:
+    """What the child does: compile, load, pin every map and the program into directory."""
+    descriptors, instructions = _compile(bpf_source_dir())
+    program = _load(instructions)
+    for name, fd in descriptors.items():
+        _pin(fd, directory / name)
+    _pin(program, directory / PROGRAM_NAME)
+
+
+def _child_main(directory: str) -> int:
+    try:
+        compile_into(Path(directory))
+    except McrError as error:
+        print(json.dumps({"cause": error.cause, "remedy": error.remedy, "status": int(error.status)}))
+        return 1
+    return 0
+
+
+# --- in the supervisor ------------------------------------------------------------------------
+
+
+def ensure_bpffs() -> None:
+    """Mounts bpffs at /sys/fs/bpf where it is missing."""
+    if lib.mcr_is_bpffs(bytes(BPFFS)) == 1:
+        return
+    status = lib.mcr_mount_bpffs(bytes(BPFFS))
+    if status < 0:
+        raise McrError(
+            f"bpffs is not mounted at {BPFFS} and cannot be: {os.strerror(-status)}",
+            f"as root: mount -t bpf bpf {BPFFS}",
+            status=ExitStatus.NOT_PERMITTED if status == -errno.EPERM else ExitStatus.FAILED,
+        )
+
+
+def load(instance: str) -> None:
+    """Compiles and pins the BPF side of an instance: aside first, then put in place by one rename.
+
+    Pins that an earlier supervisor left behind by dying are replaced.
+    """
+    ensure_bpffs()
+    final, staging = pin_dir(instance), pin_dir(f"{instance}~new")
+    _remove(staging)
+    try:
+        staging.mkdir(parents=True)
+        child = subprocess.run(
+            [sys.executable, "-m", "mcr.loader", str(staging)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_TIMEOUT_S,
+        )
+        if child.returncode:
+            raise _child_error(child)
+        _remove(final)
+        staging.rename(final)
+    except subprocess.TimeoutExpired as error:
+        raise McrError(
+            f"compiling took more than {COMPILE_TIMEOUT_S} s", "look at the machine's load"
+        ) from error
+    except OSError as error:
+        raise McrError(f"cannot write {staging}: {error.strerror}", "run as root") from error
+    finally:
+        _remove(staging)
+
+
+def _child_error(child: subprocess.CompletedProcess[str]) -> McrError:
+    """The child's own error, with the compiler's first complaint in front of its remedy."""
+    try:
+        error = json.loads(child.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        words = child.stderr.strip().splitlines() or ["it said nothing"]
+        return McrError(
+            f"the BPF compiler died (exit status {child.returncode}): {words[-1]}",
+            "run it by hand: python3 -m mcr.loader /sys/fs/bpf/try",
+        )
+    complaints = [line.strip() for line in child.stderr.splitlines() if "error:" in line]
+    cause = f"{error['cause']}: {complaints[0]}" if complaints else error["cause"]
+    return McrError(cause, error["remedy"], status=ExitStatus(error["status"]))
+
+
+def _remove(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def unload(instance: str) -> None:
+    """Removes every pin of an instance; the kernel frees what nobody holds any more."""
+    _remove(pin_dir(instance))
+    with contextlib.suppress(OSError):
+        (BPFFS / "mcr").rmdir()  # only when no other instance has pins
+
+
+def open_pin(instance: str, name: str) -> int:
+    """A descriptor of a pinned map or program, close-on-exec. Raises McrError if it is not there."""
+    path = pin_dir(instance) / name
+    fd = int(lib.bpf_obj_get(bytes(path)))
+    if fd < 0:
+        raise McrError(f"cannot open {path}: {os.strerror(-fd)}", "start a supervisor: mcr run")
+    os.set_inheritable(fd, False)
+    return fd
+
+
+@dataclass(slots=True)
+class Link:
+    """An XDP program attached to an interface, for as long as the descriptor is open.
+
+    The link is held, not pinned: when a supervisor dies, however it dies, the kernel detaches the
+    program and the interface's traffic goes to the stack again instead of to a worker that is gone.
+    """
+
+    fd: int
+    mode: Mode
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def program_name(program_id: int) -> str:
+    """The name of a loaded BPF program, or a text that says it has gone."""
+    name = ffi.new("char[16]")
+    if lib.mcr_program_name(program_id, name) < 0:
+        return "already gone"
+    return ffi.string(name).decode(errors="replace") or "without a name"
+
+
+def attach(program_fd: int, interface: str, ifindex: int, mode: Literal["auto", "native", "generic"]) -> Link:
+    """Attaches the program to an interface by a bpf_link.
+
+    mode: `native` runs in the driver, `generic` in the stack, `auto` is native where the driver can.
+    Returns the link with the mode obtained. Raises McrError naming another program that is in the way.
+    """
+    modes: tuple[Mode, ...] = ("native", "generic") if mode == "auto" else (mode,)
+    status = 0
+    for wanted in modes:
+        status = _link(program_fd, ifindex, wanted)
+        if status >= 0:
+            os.set_inheritable(status, False)
+            return Link(status, wanted)
+        if -status in (errno.EBUSY, errno.EEXIST, errno.EPERM, errno.ENODEV):
+            break
+    raise _attach_error(interface, modes[-1], -status)
+
+
+def _link(program_fd: int, ifindex: int, mode: Mode) -> int:
+    """Retries while busy: a link whose holder has just died is released a moment later."""
+    deadline = time.monotonic() + BUSY_RETRY_S
+    while True:
+        status = int(lib.mcr_link_xdp(program_fd, ifindex, mode == "generic"))
+        if status != -errno.EBUSY or time.monotonic() > deadline:
+            return status
+        time.sleep(0.02)
+
+
+def _attach_error(interface: str, mode: Mode, code: int) -> McrError:
+    if code in (errno.EBUSY, errno.EEXIST):
+        from mcr.netlink import xdp_program
+
+        other = xdp_program(interface)
+        words = (
+            f"{program_name(other.program_id)} (id {other.program_id}, {other.mode})"
+            if other
+            else "which has gone"
+        )
+        return McrError(
+            f"another XDP program is attached to {interface}: {words}",
+            f"detach it: ip link set dev {interface} xdp off, or stop the program that holds it",
+        )
+    if code == errno.EPERM:
+        return McrError(
+            f"not permitted to attach XDP to {interface}",
+            "run as root, or with CAP_BPF and CAP_NET_ADMIN",
+            status=ExitStatus.NOT_PERMITTED,
+        )
+    remedy = "choose --mode generic" if mode == "native" else "choose --ingress packet, which needs no XDP"
+    return McrError(f"{interface} cannot run XDP in {mode} mode: {os.strerror(code)}", remedy)
+
+
+if __name__ == "__main__":
+    sys.exit(_child_main(sys.argv[1]))

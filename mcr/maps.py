@@ -1,0 +1,227 @@
+"""Typed views of one instance's pinned maps.
+
+Thin: every method is one access. The worker's counters are mapped memory, so that reading them never
+touches a worker. This module must never decide what belongs in a map.
+"""
+
+import mmap
+import os
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from typing import Any, Self
+
+from mcr import loader
+from mcr._bpf import ffi, lib
+from mcr.errors import McrError
+from mcr.stream import Address, Stream
+
+MAX_RULES: int = lib.MCR_MAX_RULES
+MAX_OUTPUTS: int = lib.MCR_MAX_OUTPUTS
+MAX_OUTPUTS_PER_RULE: int = lib.MCR_MAX_OUTPUTS_PER_RULE
+MAX_WORKERS: int = lib.MCR_MAX_WORKERS
+MAX_QUEUES: int = lib.MCR_MAX_QUEUES
+
+
+def _reason_names(enum: str, prefix: str) -> tuple[str, ...]:
+    """`MCR_DROP_BAD_LENGTH` -> `bad_length`, in the order of the values; the last one is only their count."""
+    elements: dict[int, str] = ffi.typeof(f"enum {enum}").elements
+    return tuple(elements[value].removeprefix(prefix).lower() for value in sorted(elements)[:-1])
+
+
+DROP_REASONS = _reason_names("mcr_drop_reason", "MCR_DROP_")
+OUTPUT_DROP_REASONS = _reason_names("mcr_output_drop_reason", "MCR_OUTPUT_DROP_")
+
+
+@dataclass(frozen=True, slots=True)
+class RuleCounts:
+    """A rule's packets: received = relayed + dropped (by reason) whenever traffic is stopped.
+
+    last_seen_ns is CLOCK_MONOTONIC, 0 for never.
+    """
+
+    received_packets: int
+    received_bytes: int
+    last_seen_ns: int
+    relayed_packets: int
+    relayed_bytes: int
+    dropped: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputCounts:
+    """An output's packets: relayed = sent + dropped (by reason) whenever traffic is stopped."""
+
+    sent_packets: int
+    sent_bytes: int
+    dropped: dict[str, int]
+    last_error: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCounts:
+    """A worker's frames by state, and what its sockets lost before it saw them."""
+
+    frames_fill: int
+    frames_receive: int
+    frames_in_flight: int
+    frames_free: int
+    batches: int
+    packets: int
+    waits: int
+    receive_ring_full: int
+    fill_ring_empty: int
+    socket_dropped: int
+
+
+def address_bytes(address: Address) -> bytes:
+    """16 bytes; IPv4 as v4-mapped IPv6 (RFC 4291 section 2.5.5.2)."""
+    if isinstance(address, IPv4Address):
+        return bytes(10) + b"\xff\xff" + address.packed
+    return address.packed
+
+
+def rule_key(stream: Stream, ifindex: int) -> Any:
+    """The `struct mcr_rule_key` of an input stream."""
+    key = ffi.new("struct mcr_rule_key *")
+    key.ifindex, key.vlan, key.vlan_outer = ifindex, stream.vlan, stream.vlan_outer
+    key.dport = stream.port or 0
+    ffi.memmove(key.daddr, address_bytes(stream.address), 16)
+    if stream.source is not None:
+        ffi.memmove(key.saddr, address_bytes(stream.source), 16)
+    return key
+
+
+def lookups_needed(streams: list[Stream]) -> int:
+    """The settings word: which kinds of lookup some rule needs."""
+    names = {
+        (True, True): lib.MCR_HAS_SOURCE_PORT,
+        (False, True): lib.MCR_HAS_ANY_PORT,
+        (True, False): lib.MCR_HAS_SOURCE_STAR,
+        (False, False): lib.MCR_HAS_ANY_STAR,
+    }
+    word = 0
+    for stream in streams:
+        word |= names[stream.source is not None, stream.port is not None]
+    return word
+
+
+class _Counters:
+    """A BPF_F_MMAPABLE array map, mapped: `view[index]` is a struct in shared memory."""
+
+    def __init__(self, fd: int, struct: str, entries: int) -> None:
+        self._size = int(ffi.sizeof(f"struct {struct}"))
+        length = -(-self._size * entries // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._memory = mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._view = ffi.cast(f"struct {struct} *", ffi.from_buffer(self._memory))
+        self._entries = entries
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < self._entries:
+            raise IndexError(index)
+        return self._view[index]
+
+    def clear(self, index: int) -> None:
+        self._memory[index * self._size : (index + 1) * self._size] = bytes(self._size)
+
+
+def _check(status: int, what: str) -> None:
+    if status < 0:
+        raise McrError(f"cannot {what}: {os.strerror(-status)}", "see the kernel's log, and restart MCR")
+
+
+class Maps:
+    """The maps and the program of a loaded instance, open."""
+
+    def __init__(self, instance: str) -> None:
+        self._fds = {
+            name: loader.open_pin(instance, name) for name in (*loader.MAP_NAMES, loader.PROGRAM_NAME)
+        }
+        self._cpus = int(lib.libbpf_num_possible_cpus())
+        self._rule_counters = _Counters(self._fds["rule_counters"], "mcr_rule_counters", MAX_RULES)
+        self._output_counters = _Counters(self._fds["output_counters"], "mcr_output_counters", MAX_OUTPUTS)
+        self._worker_counters = _Counters(self._fds["worker_counters"], "mcr_worker_counters", MAX_WORKERS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    @property
+    def program_fd(self) -> int:
+        return self._fds[loader.PROGRAM_NAME]
+
+    @property
+    def counter_fds(self) -> tuple[int, int, int]:
+        """What a worker maps: rule, output and worker counters."""
+        return self._fds["rule_counters"], self._fds["output_counters"], self._fds["worker_counters"]
+
+    def _update(self, name: str, key: Any, value: Any) -> None:
+        _check(lib.bpf_map_update_elem(self._fds[name], key, value, 0), f"write the map {name}")
+
+    def set_lookups(self, word: int) -> None:
+        value = ffi.new("struct mcr_settings *", {"abi_version": lib.MCR_ABI_VERSION, "lookups": word})
+        self._update("settings", ffi.new("__u32 *", 0), value)
+
+    def set_rule(self, key: Any, rule_id: int, xsk_base: int, frame_limit: int) -> None:
+        fields = {"rule_id": rule_id, "xsk_base": xsk_base, "frame_limit": frame_limit}
+        self._update("rules", key, ffi.new("struct mcr_rule_value *", fields))
+
+    def delete_rule(self, key: Any) -> None:
+        """Deletes a rule; one that is not there is no error."""
+        lib.bpf_map_delete_elem(self._fds["rules"], key)
+
+    def set_xsk(self, index: int, socket_fd: int) -> None:
+        self._update("xsks", ffi.new("__u32 *", index), ffi.new("int *", socket_fd))
+
+    def delete_xsk(self, index: int) -> None:
+        lib.bpf_map_delete_elem(self._fds["xsks"], ffi.new("__u32 *", index))
+
+    def clear_rule(self, rule_id: int) -> None:
+        """Zeroes the counters of a rule_id that is about to be used again."""
+        self._update(
+            "rule_stats", ffi.new("__u32 *", rule_id), ffi.new("struct mcr_rule_stats[]", self._cpus)
+        )
+        self._rule_counters.clear(rule_id)
+
+    def clear_output(self, output_id: int) -> None:
+        self._output_counters.clear(output_id)
+
+    def clear_worker(self, slot: int) -> None:
+        self._worker_counters.clear(slot)
+
+    def rule_counts(self, rule_id: int) -> RuleCounts:
+        """What XDP counted on every CPU together with what the workers counted."""
+        per_cpu = ffi.new("struct mcr_rule_stats[]", self._cpus)
+        status = lib.bpf_map_lookup_elem(self._fds["rule_stats"], ffi.new("__u32 *", rule_id), per_cpu)
+        _check(status, "read the map rule_stats")
+        worker = self._rule_counters[rule_id]
+        return RuleCounts(
+            received_packets=sum(cpu.packets for cpu in per_cpu) + worker.received_packets,
+            received_bytes=sum(cpu.bytes for cpu in per_cpu) + worker.received_bytes,
+            last_seen_ns=max(worker.last_seen_ns, *(cpu.last_seen_ns for cpu in per_cpu)),
+            relayed_packets=worker.relayed_packets,
+            relayed_bytes=worker.relayed_bytes,
+            dropped={
+                name: sum(cpu.dropped[reason] for cpu in per_cpu) + worker.dropped[reason]
+                for reason, name in enumerate(DROP_REASONS)
+            },
+        )
+
+    def output_counts(self, output_id: int) -> OutputCounts:
+        counters = self._output_counters[output_id]
+        return OutputCounts(
+            counters.sent_packets,
+            counters.sent_bytes,
+            {name: counters.dropped[reason] for reason, name in enumerate(OUTPUT_DROP_REASONS)},
+            counters.last_error,
+        )
+
+    def worker_counts(self, slot: int) -> WorkerCounts:
+        counters = self._worker_counters[slot]
+        return WorkerCounts(*(int(getattr(counters, name)) for name in WorkerCounts.__slots__))
