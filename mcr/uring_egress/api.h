@@ -1,0 +1,18 @@
+/* SPDX-License-Identifier: MIT */
+/* What Python calls of the worker's C core. */
+#ifndef MCR_API_H
+#define MCR_API_H
+
+#include "relay_parse.h"
+
+/*
+ * Runs a worker on its end of the command socket until it is shut down. Returns 0, or -errno with the cause
+ * in message. The process is expected to end after it: nothing is taken apart.
+ */
+int mcr_worker_run(int command_fd, char *message, size_t message_size);
+
+/* For the tests: what the AF_PACKET ingress would find in a frame, as mcr_parse. */
+int mcr_core_parse(uint8_t *frame, uint32_t captured, uint32_t length, uint16_t tag,
+		   struct mcr_packet *parsed);
+
+#endif /* MCR_API_H */

@@ -1,0 +1,227 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The worker's C core, inside. A packet's way is: an ingress back end (ingress_xsk.c, ingress_packet.c)
+ * puts packets into the batch, egress.c sorts the batch by rule, cuts it into runs and sends each run to
+ * every output, and gives the frames back when the last send of their run has completed. worker.c is the
+ * loop round it and the only place that waits.
+ *
+ * One thread, one context struct, no lock. Everything is allocated by the set-up and nothing after it.
+ * Functions return 0 or -errno and leave the cause in worker->message; an error ends the worker, because
+ * it means that something happened which cannot. What can happen is counted.
+ */
+#ifndef MCR_CORE_H
+#define MCR_CORE_H
+
+#include <liburing.h>
+#include <netinet/in.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include "api.h"
+#include "relay_abi.h"
+#include "relay_parse.h"
+
+enum {
+	BATCH_PACKETS = 256, /* taken from the ingress at once */
+	RUN_PACKETS = 64,    /* UDP_MAX_SEGMENTS of kernel 6.1 */
+	RUN_BYTES = 65487,   /* the largest UDP payload over IPv6 without a jumbogram */
+	RUN_SLOTS = 512,
+	SEND_SLOTS = 1024, /* also the submission queue's size */
+	COMPLETION_SLOTS = 16384,
+	RULE_SLOTS = 8192, /* of the AF_PACKET ingress's own rule table: a power of two, half full at most */
+	CONTROL_BYTES = 128, /* of one send: UDP_SEGMENT, TOS, TTL and PKTINFO */
+	COMMAND_FDS = 4,
+	NONE = UINT32_MAX,
+};
+
+/* Who owns a frame. */
+enum frame_owner {
+	FRAME_FREE = 0,
+	FRAME_FILL,	 /* the kernel may write it, or has written it and we have not looked */
+	FRAME_RECEIVE,	 /* in the batch */
+	FRAME_IN_FLIGHT, /* in a run */
+};
+
+/* What a completion is about: the low byte of its user_data; the rest is an index. */
+enum completion_kind {
+	COMPLETION_SEND = 1,
+	COMPLETION_COMMAND,
+	COMPLETION_POLL,   /* an AF_XDP socket has packets */
+	COMPLETION_PACKET, /* AF_PACKET: one received packet */
+};
+
+struct packet {
+	uint8_t *frame; /* the Ethernet header */
+	uint64_t rx_time_ns;
+	uint32_t frame_index;
+	uint32_t rule_id;
+	uint32_t next; /* the next packet of the same rule in this batch, or NONE */
+	uint16_t queue;
+	uint16_t payload_offset;
+	uint16_t payload_length;
+	uint16_t ip_offset;
+	uint16_t dport;
+	uint8_t ttl;
+	uint8_t tos;
+};
+
+/* Packets of one rule with one payload size (the last may be shorter) that are sent together. */
+struct run {
+	struct iovec payloads[RUN_PACKETS];
+	uint32_t frames[RUN_PACKETS];
+	struct packet first; /* its TTL, TOS, port and source are those of the whole run */
+	uint32_t references; /* sends that have not completed */
+	uint32_t bytes;
+	uint32_t next_free;
+	uint16_t count;
+};
+
+struct send {
+	struct msghdr message;
+	union {
+		char bytes[CONTROL_BYTES];
+		struct cmsghdr align;
+	} control;
+	struct sockaddr_in6 destination; /* or sockaddr_in; used when the port is the packet's own */
+	uint32_t run;
+	uint32_t output_id;
+	uint32_t next_free;
+	uint16_t first; /* packet of the run */
+	uint16_t count; /* packets in this send; more than one is UDP_SEGMENT */
+	uint16_t last;	/* while a run is sent one by one: the end of it */
+};
+
+struct output {
+	bool known;
+	uint32_t flags;	    /* enum mcr_output_flag */
+	uint32_t gso_limit; /* larger payloads go one by one, for the kernel to fragment */
+	socklen_t destination_length;
+	union {
+		struct sockaddr_in ipv4;
+		struct sockaddr_in6 ipv6;
+		struct sockaddr any;
+	} destination;
+};
+
+struct rule {
+	bool known;
+	struct mcr_rule_key key;
+	uint32_t frame_limit;
+	uint32_t output_count;
+	uint32_t output_ids[MCR_MAX_OUTPUTS_PER_RULE];
+	uint32_t flags; /* of all its outputs together: what a run must have in common */
+	uint32_t head;	/* of its packets in this batch */
+	uint32_t tail;
+};
+
+struct worker;
+
+struct ingress {
+	/* Opens what it reads from. AF_XDP fills sockets[] with descriptors for the supervisor. */
+	int (*open)(struct worker *worker, int *sockets, uint32_t *socket_count);
+	/* Fills the batch with what has arrived. */
+	int (*take)(struct worker *worker);
+	/* Gives frames to the kernel to write the next packets into. */
+	int (*give)(struct worker *worker, const uint32_t *frames, uint32_t count, uint16_t queue);
+	/* Asks for a completion when something arrives. */
+	int (*arm)(struct worker *worker);
+	int (*complete)(struct worker *worker, uint32_t index, int result, uint32_t flags);
+	/* Takes in nothing new; what has arrived can still be taken. */
+	int (*stop)(struct worker *worker);
+	/* Brings what the sockets lost, and the frames that wait in receive rings, into the counters. */
+	void (*count)(struct worker *worker);
+};
+
+extern const struct ingress ingress_xsk;
+extern const struct ingress ingress_packet;
+
+struct xsk_state;
+struct packet_state;
+
+struct worker {
+	struct io_uring uring;
+	struct mcr_setup setup;
+	int command_fd;
+	bool stopping;
+	bool command_ready; /* handled between batches: a batch must see one set of rules */
+	int command_result;
+
+	uint8_t *pool;
+	uint8_t *owners; /* enum frame_owner, one for each frame */
+	uint32_t owned[FRAME_IN_FLIGHT + 1];
+
+	const struct ingress *ingress;
+	struct xsk_state *xsk;
+	struct packet_state *packet;
+	struct packet *batch;
+	uint32_t batch_count;
+
+	struct rule *rules;
+	uint32_t *rule_table; /* rule_id by key, 0 where empty */
+	uint32_t lookups;     /* enum mcr_setting: the kinds of key that some rule has */
+	struct output *outputs;
+	uint32_t active_rules[BATCH_PACKETS];
+
+	struct run *runs;
+	uint32_t free_run;
+	struct send *sends;
+	uint32_t free_send;
+	uint32_t sends_in_flight;
+
+	struct mcr_rule_counters *rule_counters;
+	struct mcr_output_counters *output_counters;
+	struct mcr_worker_counters *counters;
+
+	struct mcr_command command;
+	struct iovec command_vector;
+	struct msghdr command_message;
+	char command_control[CMSG_SPACE(COMMAND_FDS * sizeof(int))];
+
+	char message[128];
+};
+
+/* worker.c */
+int worker_fail(struct worker *worker, int error, const char *format, ...)
+	__attribute__((format(printf, 3, 4)));
+struct io_uring_sqe *worker_sqe(struct worker *worker);
+int worker_reap(struct worker *worker);
+int worker_submit_and_reap(struct worker *worker);
+
+/* Says what the completion will be about; after the preparation, which clears it. */
+static inline void worker_tag(struct io_uring_sqe *sqe, enum completion_kind kind, uint32_t index)
+{
+	io_uring_sqe_set_data64(sqe, kind | (uint64_t)index << 8);
+}
+
+/* setup.c */
+int setup_worker(struct worker *worker, const int *fds, uint32_t fd_count, int *sockets,
+		 uint32_t *socket_count);
+int drop_privileges(struct worker *worker);
+
+/* frames.c */
+int frames_move(struct worker *worker, uint32_t frame, enum frame_owner from, enum frame_owner to);
+int frames_give(struct worker *worker, const uint32_t *frames, uint32_t count, enum frame_owner from,
+		uint16_t queue);
+void frames_count(struct worker *worker, uint32_t in_receive_rings);
+
+/* rules.c */
+void rules_put(struct worker *worker, const struct mcr_set_rule *rule);
+void rules_remove(struct worker *worker, uint32_t rule_id);
+uint32_t rules_find(const struct worker *worker, const struct mcr_packet *packet);
+
+/* commands.c */
+int commands_arm(struct worker *worker);
+int commands_complete(struct worker *worker, int result);
+int commands_receive_setup(struct worker *worker);
+int commands_reply(struct worker *worker, int status, const int *fds, uint32_t fd_count, uint32_t zero_copy);
+
+/* egress.c */
+int egress_relay(struct worker *worker);
+int egress_complete(struct worker *worker, uint32_t send_index, int result);
+
+/* The driver bound at least one AF_XDP socket without copying. */
+bool xsk_zero_copy(const struct worker *worker);
+
+#endif /* MCR_CORE_H */
