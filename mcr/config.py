@@ -1,0 +1,477 @@
+"""TOML to values: attachments, rules and settings, with `file:line` in every error.
+
+A file is taken whole or not at all. `parse_attachment` and `parse_rule` take one table and also serve
+requests that come from elsewhere, so that a file and a command accept the same. This module must never touch
+the network or ask the machine about its interfaces; reading the files it is given is its only effect.
+"""
+
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal, TypeAlias, TypeVar, get_args
+
+from mcr.errors import McrError
+from mcr.rule import (
+    MCR_MAX_WORKERS,
+    Origin,
+    PathChoice,
+    Rule,
+    check_rule,
+    check_rule_name,
+    check_rules,
+    plan,
+)
+from mcr.stream import Address, check_interface_name, parse_address, parse_output, parse_port, parse_stream
+
+Mode: TypeAlias = Literal["auto", "native", "generic"]
+Ingress: TypeAlias = Literal["auto", "xsk", "packet"]
+ZeroCopy: TypeAlias = Literal["auto", "on", "off"]
+KeyPath: TypeAlias = tuple[str | int, ...]
+
+MAX_FILE_BYTES = 4 * 1024 * 1024
+
+_KEYS = ("metrics", "attach", "rule")
+_METRICS_KEYS = ("listen",)
+_ATTACH_KEYS = ("interface", "mode", "ingress", "zero_copy", "busy_poll")
+_RULE_KEYS = ("name", "from", "to", "path")
+
+_Word = TypeVar("_Word", bound=str)
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """An interface to attach and how. Where it was asked for does not count in `==`."""
+
+    interface: str
+    mode: Mode = "auto"
+    ingress: Ingress = "auto"
+    zero_copy: ZeroCopy = "auto"
+    busy_poll: bool = False
+    origin: Origin | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What the files say. metrics_listen is `ADDR:PORT`, None if there shall be no metrics."""
+
+    attachments: tuple[Attachment, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    metrics_listen: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a table of the input stands: its file, the line of each key of that file, and its own key."""
+
+    file: str = ""
+    lines: Mapping[KeyPath, int] = field(default_factory=dict)
+    path: KeyPath = ()
+
+    def under(self, *path: str | int) -> "Place":
+        """The place of what path names within this one."""
+        return Place(self.file, self.lines, (*self.path, *path))
+
+    @property
+    def origin(self) -> Origin | None:
+        """The line of this, or else of the nearest table or key around it; None outside of a file."""
+        if not self.file:
+            return None
+        path = self.path
+        while path and path not in self.lines:
+            path = path[:-1]
+        return Origin(self.file, self.lines.get(path, 1))
+
+    @property
+    def where(self) -> str:
+        """`file:line`, empty outside of a file."""
+        return str(self.origin or "")
+
+
+NOWHERE = Place()
+
+
+def load_config(paths: Sequence[Path]) -> Config:
+    """The configuration that the files make together, in their order; the last `metrics.listen` counts.
+
+    Raises McrError for the first thing wrong in any of them, and for rules that cannot go together or that no
+    interface whatsoever could carry. A rule's input interface need not be attached.
+    """
+    attachments: list[Attachment] = []
+    rules: list[Rule] = []
+    metrics_listen: str | None = None
+    for path in paths:
+        table, place = _read(path)
+        _check_keys(table, _KEYS, place, "a configuration")
+        metrics_listen = _metrics_listen(table, place, metrics_listen)
+        attachments += [parse_attachment(*item) for item in _tables(table, "attach", place)]
+        rules += [parse_rule(*item) for item in _tables(table, "rule", place)]
+    _check_attachments(attachments)
+    check_rules(rules)
+    for rule in rules:
+        plan(rule, {})
+    return Config(tuple(attachments), tuple(rules), metrics_listen)
+
+
+def parse_attachment(table: Mapping[str, object], place: Place = NOWHERE) -> Attachment:
+    """The attachment that a table of `interface` and options describes. Raises McrError."""
+    _check_keys(table, _ATTACH_KEYS, place, "[[attach]]")
+    interface = _text(table, "interface", place)
+    with _located(place.under("interface")):
+        check_interface_name(interface)
+    attachment = Attachment(
+        interface=interface,
+        mode=_word(table, "mode", get_args(Mode), "auto", place),
+        ingress=_word(table, "ingress", get_args(Ingress), "auto", place),
+        zero_copy=_word(table, "zero_copy", get_args(ZeroCopy), "auto", place),
+        busy_poll=_flag(table, "busy_poll", place),
+        origin=place.origin,
+    )
+    _check_attachment(attachment, place)
+    return attachment
+
+
+def parse_rule(table: Mapping[str, object], place: Place = NOWHERE, *, temporary: bool = False) -> Rule:
+    """The rule that a table of `name`, `from`, `to` and `path` describes, checked alone. Raises McrError."""
+    _check_keys(table, _RULE_KEYS, place, "[[rule]]")
+    name = _text(table, "name", place)
+    check_rule_name(name, place.under("name").where)
+    source = _text(table, "from", place)
+    with _located(place.under("from")):
+        stream = parse_stream(source)
+    outputs = []
+    for index, text in enumerate(_texts(table, "to", place)):
+        with _located(place.under("to", index)):
+            outputs.append(parse_output(text))
+    path = _word(table, "path", get_args(PathChoice), "auto", place)
+    rule = Rule(name, stream, tuple(outputs), path, place.origin, temporary)
+    with _located(place.under("to")):
+        check_rule(rule)
+    return rule
+
+
+def parse_listen(text: str) -> tuple[Address, int] | None:
+    """The address and port of `ADDR:PORT`, such as `127.0.0.1:9931` or `[::1]:9931`; None for `off`.
+
+    Raises McrError.
+    """
+    if text == "off":
+        return None
+    address, colon, port = text.rpartition(":")
+    if not colon or not address:
+        raise McrError(
+            f"{_shown(text)} is not an address and a port",
+            'write ADDR:PORT such as "127.0.0.1:9931", or "off"',
+        )
+    return parse_address(address), parse_port(port)
+
+
+def _metrics_listen(table: Mapping[str, object], place: Place, before: str | None) -> str | None:
+    """What the file says, or before if it says nothing."""
+    metrics = table.get("metrics", {})
+    place = place.under("metrics")
+    if not isinstance(metrics, dict):
+        raise McrError(f"metrics is {_kind(metrics)}, not a table", "write [metrics]", place.where)
+    _check_keys(metrics, _METRICS_KEYS, place, "[metrics]")
+    if "listen" not in metrics:
+        return before
+    text = _text(metrics, "listen", place)
+    with _located(place.under("listen")):
+        return text if parse_listen(text) else None
+
+
+def _check_attachment(attachment: Attachment, place: Place) -> None:
+    interface = attachment.interface
+    if attachment.ingress == "packet" and attachment.mode != "auto":
+        raise McrError(
+            f"{interface}: mode {attachment.mode} is for XDP, but packet ingress attaches no XDP program",
+            "remove mode, or choose the ingress xsk",
+            place.under("mode").where,
+        )
+    if attachment.ingress == "packet" and attachment.zero_copy == "on":
+        raise McrError(
+            f"{interface}: zero copy is for AF_XDP, but packet ingress uses no AF_XDP socket",
+            "remove zero_copy, or choose the ingress xsk",
+            place.under("zero_copy").where,
+        )
+    if attachment.mode == "generic" and attachment.zero_copy == "on":
+        raise McrError(
+            f"{interface}: generic mode always copies, so zero copy cannot be on",
+            "remove zero_copy, or choose the mode native",
+            place.under("zero_copy").where,
+        )
+
+
+def _check_attachments(attachments: Sequence[Attachment]) -> None:
+    seen: dict[str, Attachment] = {}
+    for attachment in attachments:
+        where = str(attachment.origin or "")
+        if attachment.interface in seen:
+            raise McrError(
+                f"{attachment.interface} is attached twice (first at {seen[attachment.interface].origin})",
+                "remove one of the two",
+                where,
+            )
+        seen[attachment.interface] = attachment
+        if len(seen) > MCR_MAX_WORKERS:
+            raise McrError(
+                f"there are more than {MCR_MAX_WORKERS} attachments",
+                "share them out among several instances",
+                where,
+            )
+
+
+@contextmanager
+def _located(place: Place) -> Iterator[None]:
+    """Points an error that has no place, or a wider one, to place."""
+    try:
+        yield
+    except McrError as error:
+        raise McrError(error.cause, error.remedy, place.where, error.status) from None
+
+
+def _check_keys(table: Mapping[str, object], known: Sequence[str], place: Place, what: str) -> None:
+    for key in table:
+        if key not in known:
+            near = get_close_matches(key[:64], known, n=1)
+            raise McrError(
+                f"unknown key {_shown(key)}",
+                f"did you mean {near[0]}?" if near else f"the keys of {what} are {', '.join(known)}",
+                place.under(key).where,
+            )
+
+
+def _tables(table: Mapping[str, object], key: str, place: Place) -> Iterator[tuple[dict[str, object], Place]]:
+    items = table.get(key, [])
+    place = place.under(key)
+    if not isinstance(items, list):
+        raise McrError(f"{key} is {_kind(items)}, not an array of tables", f"write [[{key}]]", place.where)
+    for index, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise McrError(f"{key} holds {_kind(item)}", f"write [[{key}]]", place.under(index).where)
+        yield item, place.under(index)
+
+
+def _text(table: Mapping[str, object], key: str, place: Place) -> str:
+    value = _required(table, key, place)
+    if not isinstance(value, str):
+        raise McrError(f"{key} is {_kind(value)}, not a string", "put it in quotes", place.under(key).where)
+    return value
+
+
+def _texts(table: Mapping[str, object], key: str, place: Place) -> list[str]:
+    values = _required(table, key, place)
+    place = place.under(key)
+    if not isinstance(values, list):
+        raise McrError(
+            f"{key} is {_kind(values)}, not an array of strings", f'write {key} = ["..."]', place.where
+        )
+    for index, value in enumerate(values):
+        if not isinstance(value, str):
+            raise McrError(f"{key} holds {_kind(value)}", "put it in quotes", place.under(index).where)
+    return values
+
+
+def _required(table: Mapping[str, object], key: str, place: Place) -> object:
+    if key not in table:
+        raise McrError(f"{key} is missing", f"add {key} = ...", place.where)
+    return table[key]
+
+
+def _word(
+    table: Mapping[str, object], key: str, words: tuple[_Word, ...], default: _Word, place: Place
+) -> _Word:
+    value = table.get(key, default)
+    for word in words:
+        if value == word:
+            return word
+    shown = _shown(value) if isinstance(value, str) else _kind(value)
+    listed = ", ".join(f'"{word}"' for word in words)
+    raise McrError(f"{key} is {shown}", f"choose one of {listed}", place.under(key).where)
+
+
+def _flag(table: Mapping[str, object], key: str, place: Place) -> bool:
+    value = table.get(key, False)
+    if not isinstance(value, bool):
+        raise McrError(
+            f"{key} is {_kind(value)}, not true or false", "write true or false", place.under(key).where
+        )
+    return value
+
+
+def _kind(value: object) -> str:
+    """What sort of value this is, in TOML's words."""
+    kinds = (
+        (bool, "a boolean"),
+        (str, "a string"),
+        (int, "an integer"),
+        (float, "a float"),
+        (list, "an array"),
+        (dict, "a table"),
+    )
+    return next(
+        (word for kind, word in kinds if isinstance(value, kind)), "a date or time" if value else "nothing"
+    )
+
+
+def _shown(text: str) -> str:
+    return repr(text) if len(text) <= 64 else f"{text[:32]!r}..."
+
+
+def _read(path: Path) -> tuple[dict[str, object], Place]:
+    """The top table of a file, and its place. Raises McrError."""
+    text = _read_text(path)
+    remedy = "correct the TOML there (https://toml.io)"
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        cause, line = _syntax_error(str(error), text)
+        raise McrError(f"TOML syntax: {cause}", remedy, f"{path}:{line}") from None
+    except RecursionError:
+        raise McrError("arrays or tables are nested too deeply", remedy, str(path)) from None
+    except ValueError as error:
+        raise McrError(f"TOML value: {error}", remedy, str(path)) from None
+    return table, Place(str(path), _key_lines(text))
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file, its line ends as `\\n`."""
+    try:
+        data = _read_bytes(path)
+    except OSError as error:
+        remedy = "name a TOML file that this user may read"
+        raise McrError(f"cannot read {path}: {error.strerror}", remedy) from None
+    if len(data) > MAX_FILE_BYTES:
+        raise McrError(f"{path} is larger than {MAX_FILE_BYTES} bytes", "split it into several files")
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise McrError("the file is not UTF-8", "save it as UTF-8", f"{path}:{line}") from None
+
+
+def _read_bytes(path: Path) -> bytes:
+    """At most one byte more than a file may have. Never waits: O_NONBLOCK opens a FIFO that has no writer."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise McrError(f"{path} is not a regular file", "name a TOML file")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(MAX_FILE_BYTES + 1)
+    finally:
+        os.close(descriptor)
+
+
+def _syntax_error(message: str, text: str) -> tuple[str, int]:
+    """The cause and the line of an error of tomllib, which puts the position in brackets behind the cause."""
+    cause, _, position = message.rpartition(" (at ")
+    numbers = re.fullmatch(r"line (\d+), column \d+\)", position)
+    if numbers:
+        return cause, int(numbers[1])
+    return cause or message, text.count("\n", 0, len(text.rstrip())) + 1
+
+
+_TOKEN = re.compile(
+    r"""(?P<space> [ \t]+ | \#[^\n]* )
+      | (?P<newline> \n )
+      | (?P<string> \"{3} (?: \\. | [^\\] )*? \"{3,5} | '{3} .*? '{3,5} | " (?: \\. | [^"\\] )* " | '[^']*' )
+      | (?P<mark> [][{}=,.] )
+      | (?P<bare> [^][{}=,.\s\#"']+ )
+      | (?P<other> . )""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+@dataclass(slots=True)
+class _Scanner:
+    """Finds the line of each table, key and array element of a text that is known to be TOML.
+
+    tomllib gives no positions, and this gives nothing else: it knows strings, comments and brackets, no
+    values. What stands inside an inline table, or an array inside an array, is not looked into.
+    """
+
+    text: str
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    counts: dict[KeyPath, int] = field(default_factory=dict)
+    prefix: KeyPath = ()
+
+    def scan(self) -> dict[KeyPath, int]:
+        statement: list[tuple[str, str, int]] = []
+        depth = 0
+        line = 1
+        in_value = False
+        for match in _TOKEN.finditer(self.text):
+            kind, token = match.lastgroup or "", match[0]
+            if kind == "newline" and not (in_value and depth):
+                self._statement(statement)
+                statement, depth, in_value = [], 0, False
+            elif kind not in ("space", "newline"):
+                statement.append((kind, token, line))
+                in_value = in_value or token == "="
+                depth += (token in ("[", "{")) - (token in ("]", "}"))
+            line += token.count("\n")
+        self._statement(statement)
+        return self.lines
+
+    def _statement(self, tokens: Sequence[tuple[str, str, int]]) -> None:
+        """Takes the tokens of one table header or one key and its value."""
+        if not tokens:
+            return
+        if tokens[0][1] == "[":
+            self._header(tokens)
+        else:
+            self._key_and_value(tokens)
+
+    def _header(self, tokens: Sequence[tuple[str, str, int]]) -> None:
+        keys = _keys(tokens)
+        is_array = tokens[1][1] == "["
+        path: KeyPath = ()
+        for depth, key in enumerate(keys, 1):
+            path = (*path, key)
+            self.lines.setdefault(path, tokens[0][2])
+            if is_array and depth == len(keys):
+                self.counts[path] = self.counts.get(path, -1) + 1
+            if path in self.counts:
+                path = (*path, self.counts[path])
+                self.lines.setdefault(path, tokens[0][2])
+        self.prefix = path
+
+    def _key_and_value(self, tokens: Sequence[tuple[str, str, int]]) -> None:
+        equals = next(index for index, token in enumerate(tokens) if token[:2] == ("mark", "="))
+        path = self.prefix
+        for key in _keys(tokens[:equals]):
+            path = (*path, key)
+            self.lines.setdefault(path, tokens[0][2])
+        if tokens[equals + 1][:2] == ("mark", "["):
+            for index, line in enumerate(_element_lines(tokens[equals + 1 :])):
+                self.lines[(*path, index)] = line
+
+
+def _keys(tokens: Sequence[tuple[str, str, int]]) -> list[str]:
+    """The keys of a dotted key, with or without the brackets of a header."""
+    return [_key(token) for kind, token, _ in tokens if kind in ("bare", "string")]
+
+
+def _key(token: str) -> str:
+    return next(iter(tomllib.loads(f"{token} = 0"))) if token[0] in "\"'" else token
+
+
+def _element_lines(tokens: Sequence[tuple[str, str, int]]) -> Iterator[int]:
+    """The line of each element of an array, whose tokens begin with its `[`."""
+    depth = 0
+    fresh = False
+    for kind, token, line in tokens:
+        if fresh and token != "]":
+            yield line
+        mark = token if kind == "mark" else ""
+        fresh = (depth, mark) in ((0, "["), (1, ","))
+        depth += (mark in ("[", "{")) - (mark in ("]", "}"))
+
+
+def _key_lines(text: str) -> dict[KeyPath, int]:
+    return _Scanner(text).scan()

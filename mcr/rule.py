@@ -1,0 +1,317 @@
+"""Rules and every decision about them: whether they make sense, which path one takes, what has changed.
+
+All of it takes values and returns values. This module must never do I/O nor look at the machine it runs on:
+what it needs to know about interfaces comes in as `InterfaceFacts`.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from typing import Literal, TypeAlias
+
+from mcr.errors import McrError
+from mcr.stream import Output, Stream
+
+# enum mcr_limit of bpf/relay_abi.h, which is compared with this by a test.
+MCR_MAX_RULES = 4096
+MCR_MAX_OUTPUTS = 8192
+MCR_MAX_OUTPUTS_PER_RULE = 64
+MCR_MAX_WORKERS = 64
+
+RulePath: TypeAlias = Literal["kernel", "worker"]
+PathChoice: TypeAlias = Literal["auto", "kernel", "worker"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The place in a file that something came from; line counts from 1."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One input stream and its outputs. Where a rule came from and how long it stays do not count in `==`."""
+
+    name: str
+    stream: Stream
+    outputs: tuple[Output, ...]
+    path: PathChoice = "auto"
+    origin: Origin | None = field(default=None, compare=False)
+    temporary: bool = field(default=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceFacts:
+    """What planning needs to know about an interface; mtu in bytes, mac as `02:00:00:00:00:01`, or empty."""
+
+    name: str
+    ifindex: int
+    mtu: int
+    up: bool
+    ethernet: bool
+    mac: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The path of a rule's packets, and why that one."""
+
+    path: RulePath
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Diff:
+    """What makes new rules of old ones: removed holds the old rules, the others the new ones."""
+
+    added: tuple[Rule, ...]
+    changed: tuple[Rule, ...]
+    removed: tuple[Rule, ...]
+    unchanged: tuple[Rule, ...]
+
+
+def diff(old: Mapping[str, Rule], new: Mapping[str, Rule]) -> Diff:
+    """Compares two sets of rules, each by name. Each part of the answer keeps the order of its mapping."""
+    return Diff(
+        added=tuple(rule for name, rule in new.items() if name not in old),
+        changed=tuple(rule for name, rule in new.items() if name in old and old[name] != rule),
+        removed=tuple(rule for name, rule in old.items() if name not in new),
+        unchanged=tuple(rule for name, rule in new.items() if name in old and old[name] == rule),
+    )
+
+
+def plan(rule: Rule, facts: Mapping[str, InterfaceFacts]) -> Plan:
+    """The path of rule, given the facts of each interface by name.
+
+    An interface that facts does not hold is not judged: its rule is pending until it appears. Raises McrError
+    if the path that the rule asks for, or the only one that is left, cannot carry it.
+    """
+    against_kernel = list(_reasons_against_kernel(rule, facts))
+    if rule.path == "kernel" and against_kernel:
+        raise McrError(
+            f"rule {rule.name!r} cannot take the kernel path: {'; '.join(against_kernel)}",
+            'choose the path "auto" or "worker"',
+            _where(rule),
+        )
+    if rule.path == "kernel":
+        return Plan("kernel", "asked for")
+    if rule.path == "auto" and not against_kernel:
+        return Plan("kernel", "nothing stands against it")
+    _check_worker_path(rule)
+    return Plan("worker", "asked for" if rule.path == "worker" else against_kernel[0])
+
+
+def _reasons_against_kernel(rule: Rule, facts: Mapping[str, InterfaceFacts]) -> Iterator[str]:
+    for output in rule.outputs:
+        if not output.group:
+            yield f"output {output} is unicast where a group is needed"
+    egress = [output.interface for output in rule.outputs if output.group]
+    for interface in dict.fromkeys(egress):
+        if egress.count(interface) > 1:
+            yield f"{egress.count(interface)} outputs leave by {interface}"
+    family = rule.stream.address.version
+    for output in rule.outputs:
+        if output.address.version != family:
+            yield f"output {output} is IPv{output.address.version} but the input is IPv{family}"
+    for interface in dict.fromkeys([rule.stream.interface, *egress]):
+        if interface in facts and not facts[interface].ethernet:
+            yield f"{interface} is not Ethernet"
+    yield "this version has no kernel path"
+
+
+def _check_worker_path(rule: Rule) -> None:
+    for output in rule.outputs:
+        if output.vlan:
+            parent = output.interface or "eth1"
+            raise McrError(
+                f"rule {rule.name!r} takes the worker path, which cannot tag output {output}",
+                f"remove vlan= and send through the VLAN interface, such as {parent}.{output.vlan}",
+                _where(rule),
+            )
+
+
+def check_rule(rule: Rule) -> None:
+    """Raises McrError unless the rule, taken alone, makes sense."""
+    check_rule_name(rule.name, _where(rule))
+    if not 1 <= len(rule.outputs) <= MCR_MAX_OUTPUTS_PER_RULE:
+        raise McrError(
+            f"rule {rule.name!r} has {len(rule.outputs)} outputs",
+            f"give it 1 to {MCR_MAX_OUTPUTS_PER_RULE} outputs",
+            _where(rule),
+        )
+    seen: dict[tuple[object, ...], Output] = {}
+    for output in rule.outputs:
+        key = (output.address, _sent_port(rule, output), output.interface, output.source, output.vlan)
+        if key in seen:
+            raise McrError(
+                f"rule {rule.name!r} has the output {output} twice"
+                + (f" (first as {seen[key]})" if seen[key] != output else ""),
+                "remove one of the two",
+                _where(rule),
+            )
+        seen[key] = output
+        family = rule.stream.address.version
+        if output.source == "preserve" and output.address.version != family:
+            raise McrError(
+                f"rule {rule.name!r}: output {output} cannot preserve an IPv{family} source",
+                "use source=interface, or source= with an address of the output's family",
+                _where(rule),
+            )
+
+
+def check_rule_name(name: str, where: str = "") -> None:
+    """Raises McrError unless name is 1 to 64 of `A-Za-z0-9._:-`, the first a letter or a digit."""
+    if not _NAME.fullmatch(name):
+        shown = repr(name) if len(name) <= 64 else f"{name[:32]!r}..."
+        raise McrError(
+            f"{shown} cannot be the name of a rule",
+            "use 1 to 64 letters, digits and . _ : - that start with a letter or a digit",
+            where,
+        )
+
+
+def check_rules(rules: Sequence[Rule]) -> None:
+    """Raises McrError unless the rules make sense together.
+
+    Refused: whatever `check_rule` refuses, more rules or outputs than relay_abi.h has room for, two rules of
+    one name or for one input, an output that is its own rule's input, and a loop among the rules. The error
+    points to the rule at fault that comes last. Takes time in proportion to the number of rules and outputs.
+    """
+    _check_limits(rules)
+    names: dict[str, Rule] = {}
+    inputs: dict[Stream, Rule] = {}
+    for rule in rules:
+        check_rule(rule)
+        if rule.name in names:
+            raise McrError(
+                f"there are two rules named {rule.name!r}{_first_at(names[rule.name])}",
+                "rename or remove one of them",
+                _where(rule),
+            )
+        if rule.stream in inputs:
+            raise McrError(
+                f"rules {inputs[rule.stream].name!r} and {rule.name!r} have the same input {rule.stream}",
+                "make them one rule with the outputs of both",
+                _where(rule),
+            )
+        names[rule.name] = inputs[rule.stream] = rule
+        _check_own_input(rule)
+    _check_loops(rules)
+
+
+def _check_limits(rules: Sequence[Rule]) -> None:
+    if len(rules) > MCR_MAX_RULES - 1:
+        raise McrError(
+            f"there are {len(rules)} rules, more than {MCR_MAX_RULES - 1}",
+            "share them out among several instances",
+            _where(rules[MCR_MAX_RULES - 1]),
+        )
+    total = 0
+    for rule in rules:
+        total += len(rule.outputs)
+        if total > MCR_MAX_OUTPUTS - 1:
+            raise McrError(
+                f"the rules have more than {MCR_MAX_OUTPUTS - 1} outputs",
+                "share them out among several instances",
+                _where(rule),
+            )
+
+
+def _check_own_input(rule: Rule) -> None:
+    own = set(_input_places(rule))
+    for output in rule.outputs:
+        if not own.isdisjoint(_output_places(rule, output)):
+            raise McrError(
+                f"rule {rule.name!r} sends to its own input: output {output} returns as {rule.stream}",
+                "send it to another group, port or interface",
+                _where(rule),
+            )
+
+
+# Which output can be which input is decided by places. An output leads to places, an input is found at
+# places, and the output can become the input if they share one. An input is found at four of them (its port
+# or "any" port, its source or "any" source), so that an output whose port or source is not known leads to one
+# place instead of to every input, and the graph of a loop stays linear in the number of rules. None is `*` or
+# no source, as in Stream.
+_Any: TypeAlias = Literal["any"]
+_Place: TypeAlias = tuple[int, int, str, int, int | _Any | None, int | _Any | None]
+
+
+def _input_places(rule: Rule) -> Iterator[_Place]:
+    stream = rule.stream
+    if stream.vlan_outer:
+        return
+    interface = stream.interface if stream.group else ""
+    source = int(stream.source) if stream.source is not None else None
+    fixed = (stream.address.version, int(stream.address), interface, stream.vlan)
+    yield (*fixed, stream.port, source)
+    yield (*fixed, stream.port, "any")
+    yield (*fixed, "any", source)
+    yield (*fixed, "any", "any")
+
+
+def _output_places(rule: Rule, output: Output) -> Iterator[_Place]:
+    interface = output.interface if output.group else ""
+    fixed = (output.address.version, int(output.address), interface, output.vlan)
+    port = _sent_port(rule, output)
+    source = _sent_source(rule, output)
+    at_ports: tuple[int | _Any | None, ...] = ("any",) if port is None else (port, None)
+    at_sources: tuple[int | _Any | None, ...] = ("any",) if source is None else (source, None)
+    for at_port in at_ports:
+        for at_source in at_sources:
+            yield (*fixed, at_port, at_source)
+
+
+def _sent_port(rule: Rule, output: Output) -> int | None:
+    """The destination port of what output sends, None if the input takes any."""
+    return output.port if output.port is not None else rule.stream.port
+
+
+def _sent_source(rule: Rule, output: Output) -> int | None:
+    """The source address of what output sends, None if it is not known: an interface's can be any."""
+    if output.source == "interface":
+        return None
+    if output.source == "preserve":
+        return int(rule.stream.source) if rule.stream.source is not None else None
+    return int(output.source)
+
+
+def _check_loops(rules: Sequence[Rule]) -> None:
+    graph: TopologicalSorter[int | _Place] = TopologicalSorter()
+    for index, rule in enumerate(rules):
+        graph.add(index, *_input_places(rule))
+        for output in rule.outputs:
+            for place in _output_places(rule, output):
+                graph.add(place, index)
+    try:
+        graph.prepare()
+    except CycleError as error:
+        nodes: list[int | _Place] = error.args[1][1:]
+        raise _loop_error(rules, [node for node in nodes if isinstance(node, int)]) from None
+
+
+def _loop_error(rules: Sequence[Rule], cycle: Sequence[int]) -> McrError:
+    """cycle: the indices of the rules of a loop, each once, in the order that a packet takes."""
+    start = cycle.index(min(cycle))
+    names = [repr(rules[index].name) for index in (*cycle[start:], *cycle[: start + 1])]
+    return McrError(
+        f"rules form a loop: {' -> '.join(names)}",
+        "send one of their outputs to another group, port or interface",
+        _where(rules[max(cycle)]),
+    )
+
+
+def _first_at(rule: Rule) -> str:
+    return f" (the first is at {rule.origin})" if rule.origin else ""
+
+
+def _where(rule: Rule) -> str:
+    return str(rule.origin) if rule.origin else ""
