@@ -1,0 +1,307 @@
+"""One attached interface: its XDP link, its worker, its part of the maps; and the worker's life cycle.
+
+It is told what shall be (`InterfaceSpec`) and makes it so, changing only what differs from what it last put
+in place. A worker that dies or falls silent is replaced with a growing delay and gets everything again before
+it takes traffic. This module must never decide what belongs on the interface; `desired.py` does.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mcr import loader, netlink
+from mcr._bpf import ffi
+from mcr.config import Attachment
+from mcr.desired import FRAME_COUNT, InterfaceSpec, OutputSpec, RuleSpec, WorkerSetup, frame_size
+from mcr.errors import McrError
+from mcr.maps import MAX_QUEUES, Maps
+from mcr.rule import InterfaceFacts
+from mcr.sockets import open_output, open_packet
+from mcr.worker import WorkerGoneError, WorkerProcess
+
+PING_INTERVAL_S = 1.0
+BACKOFF_FIRST_S = 0.1
+BACKOFF_LAST_S = 10.0
+HEALTHY_AFTER_S = 60.0
+NOBODY = 65534
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _InPlace:
+    """What the worker and the maps have been told, as far as they acknowledged it."""
+
+    outputs: dict[int, OutputSpec] = field(default_factory=dict)
+    rules: dict[int, RuleSpec] = field(default_factory=dict)
+    map_rules: dict[int, RuleSpec] = field(default_factory=dict)
+
+
+class AttachedInterface:
+    """An interface that shall be attached, whether or not it is there now.
+
+    mode is how XDP is attached now ("native", "generic"), empty while it is not or where the ingress needs
+    none; pending says why it is not working, if it is not.
+    """
+
+    def __init__(self, attachment: Attachment, maps: Maps, slot: int, xsk_base: int) -> None:
+        self.attachment = attachment
+        self.slot = slot
+        self.xsk_base = xsk_base
+        self.mode = ""
+        self.ingress = ""
+        self.zero_copy = False
+        self.queue_count = 0
+        self.restarts = 0
+        self.pending = "not started"
+        self.spec = InterfaceSpec()
+        self._maps = maps
+        self._facts: InterfaceFacts | None = None
+        self._link: loader.Link | None = None
+        self._setup: WorkerSetup | None = None
+        self._worker: WorkerProcess | None = None
+        self._in_place = _InPlace()
+        self._turn = asyncio.Lock()
+        self._keeper: asyncio.Task[None] | None = None
+        self._backoff_s = BACKOFF_FIRST_S
+
+    @property
+    def name(self) -> str:
+        return self.attachment.interface
+
+    @property
+    def worker_pid(self) -> int | None:
+        return self._worker.pid if self._worker else None
+
+    async def apply(self, facts: InterfaceFacts | None, spec: InterfaceSpec) -> None:
+        """Makes the interface what spec says; facts are None where it is absent. Raises McrError.
+
+        Only an interface that cannot be attached raises; a worker that dies meanwhile is replaced.
+        """
+        async with self._turn:
+            self.spec = spec
+            if self._must_restart(facts):
+                await self._take_down()
+            self._facts = facts
+            if facts is None:
+                self.pending = f"there is no interface {self.name}"
+                return
+            try:
+                if self._worker is None and self._keeper is None:
+                    await self._bring_up(facts)
+                    self._keeper = asyncio.create_task(self._keep(), name=f"mcr-keep-{self.name}")
+                elif self._worker is not None:
+                    await self._sync()
+            except WorkerGoneError as error:
+                self._worker_gone(str(error))
+                if self._keeper is None:
+                    self._keeper = asyncio.create_task(self._keep(), name=f"mcr-keep-{self.name}")
+            except McrError as error:
+                self.pending = error.cause
+                raise
+
+    async def stop(self) -> None:
+        """Detaches: first the rules, so that packets go to the stack, then the drained worker, then XDP."""
+        async with self._turn:
+            await self._take_down()
+            self.pending = "stopped"
+
+    # --- up and down
+
+    def _must_restart(self, facts: InterfaceFacts | None) -> bool:
+        if self._setup is None:
+            return False
+        return (
+            facts is None
+            or facts.ifindex != self._setup.ifindex
+            or frame_size(facts) != self._setup.frame_size
+        )
+
+    async def _bring_up(self, facts: InterfaceFacts) -> None:
+        try:
+            self._attach(facts)
+            self._setup = self._choose_setup(facts)
+            await self._start_worker()
+        except (McrError, WorkerGoneError):
+            if self._worker is not None:
+                self._worker.kill()
+                await self._worker.end()
+                self._worker = None
+            raise
+        finally:
+            if self._worker is None:
+                self._detach()
+
+    def _attach(self, facts: InterfaceFacts) -> None:
+        """XDP, unless the ingress needs none. Only `auto` falls back to AF_PACKET, where XDP cannot run."""
+        self.ingress = "packet" if self.attachment.ingress == "packet" else "xsk"
+        if self.ingress == "packet" or self._link is not None:
+            return
+        self._link = loader.attach(self._maps.program_fd, self.name, facts.ifindex, self.attachment.mode)
+        self.mode = self._link.mode
+        log.info("%s: attached in %s mode", self.name, self.mode)
+
+    def _detach(self) -> None:
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+        self.mode = ""
+        self._setup = None
+
+    def _choose_setup(self, facts: InterfaceFacts) -> WorkerSetup:
+        queues = netlink.receive_queues(self.name) if self.ingress == "xsk" else 1
+        if queues > MAX_QUEUES:
+            raise McrError(
+                f"{self.name} has {queues} receive queues, more than {MAX_QUEUES}",
+                f"ethtool -L {self.name} combined {MAX_QUEUES}",
+            )
+        self.queue_count = queues
+        root = os.geteuid() == 0
+        return WorkerSetup(
+            interface=self.name,
+            ifindex=facts.ifindex,
+            slot=self.slot,
+            ingress="xsk" if self.ingress == "xsk" else "packet",
+            # Zero-copy sockets bypass the stack, where a program in generic mode runs.
+            zero_copy="off" if self.mode == "generic" else self.attachment.zero_copy,
+            busy_poll=self.attachment.busy_poll,
+            queue_count=queues,
+            frame_size=frame_size(facts),
+            frame_count=FRAME_COUNT,
+            user_id=NOBODY if root else 0,
+            group_id=NOBODY if root else 0,
+        )
+
+    async def _start_worker(self) -> None:
+        """Starts a worker, gives it every output and rule, and only then traffic."""
+        assert self._setup is not None
+        self._in_place = _InPlace(map_rules=self._in_place.map_rules)
+        self._worker = await WorkerProcess.spawn(self.name)
+        sockets, self.zero_copy = await self._set_up_worker(self._worker, self._setup)
+        try:
+            await self._sync()
+            for queue, fd in enumerate(sockets):
+                self._maps.set_xsk(self.xsk_base + queue, fd)
+        finally:
+            for fd in sockets:  # only the worker keeps them, so that they end with it
+                os.close(fd)
+        self.pending = ""
+        log.info("%s: worker %d takes traffic", self.name, self._worker.pid)
+
+    async def _set_up_worker(self, worker: WorkerProcess, setup: WorkerSetup) -> tuple[list[int], bool]:
+        fds: Sequence[int] = self._maps.counter_fds
+        if setup.ingress == "xsk":
+            return await worker.set_up(setup, fds)
+        with open_packet(setup.interface, setup.ifindex) as packet:
+            return await worker.set_up(setup, (*fds, packet.fileno()))
+
+    async def _take_down(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+            self._keeper = None
+        for spec in self._in_place.map_rules.values():
+            self._maps.delete_rule(ffi.from_buffer(spec.key))
+        for queue in range(self.queue_count):
+            self._maps.delete_xsk(self.xsk_base + queue)
+        if self._worker is not None:
+            await self._worker.shut_down()
+            self._worker = None
+        self._in_place = _InPlace()
+        self._detach()
+
+    # --- making it so
+
+    async def _sync(self) -> None:
+        """New outputs before the rules that use them, old ones after the rules that no longer do."""
+        assert self._worker is not None
+        in_place = self._in_place
+        await self._add_outputs(self._worker)
+        for rule_id in in_place.map_rules.keys() - self.spec.rules.keys():
+            self._maps.delete_rule(ffi.from_buffer(in_place.map_rules.pop(rule_id).key))
+        for rule_id in in_place.rules.keys() - self.spec.rules.keys():
+            await self._worker.delete_rule(rule_id)
+            del in_place.rules[rule_id]
+        for rule_id, rule in self.spec.rules.items():
+            if in_place.rules.get(rule_id) != rule:
+                await self._worker.set_rule(rule)
+                in_place.rules[rule_id] = rule
+            if self._link is not None and in_place.map_rules.get(rule_id) != rule:
+                self._put_rule(rule)
+        for output_id in in_place.outputs.keys() - self.spec.outputs.keys():
+            await self._worker.delete_output(output_id)
+            del in_place.outputs[output_id]
+
+    async def _add_outputs(self, worker: WorkerProcess) -> None:
+        for output_id, spec in self.spec.outputs.items():
+            if self._in_place.outputs.get(output_id) == spec:
+                continue
+            with open_output(spec.output, spec.ifindex) as udp:
+                await worker.add_output(spec, udp)
+            self._in_place.outputs[output_id] = spec
+
+    def _put_rule(self, rule: RuleSpec) -> None:
+        before = self._in_place.map_rules.get(rule.rule_id)
+        self._maps.set_rule(ffi.from_buffer(rule.key), rule.rule_id, self.xsk_base, rule.frame_limit)
+        if before is not None and before.key != rule.key:
+            self._maps.delete_rule(ffi.from_buffer(before.key))
+        self._in_place.map_rules[rule.rule_id] = rule
+
+    # --- the worker's life
+
+    def _worker_gone(self, cause: str) -> None:
+        worker = self._worker
+        if worker is not None:
+            worker.kill()
+        self.pending = f"its worker is being restarted: {cause}"
+        log.error("%s: worker %s: %s", self.name, worker.pid if worker else "", cause)
+
+    async def _watch(self, worker: WorkerProcess) -> str:
+        """Pings until the worker ends or falls silent. Returns the cause."""
+        while True:
+            waiting = asyncio.create_task(worker.process.wait())
+            done, _ = await asyncio.wait({waiting}, timeout=PING_INTERVAL_S)
+            waiting.cancel()
+            if done:
+                return f"ended with status {worker.process.returncode}"
+            try:
+                await worker.ping()
+            except (WorkerGoneError, McrError) as error:
+                return str(error)
+
+    async def _keep(self) -> None:
+        """Keeps a worker running, for as long as the interface stays attached."""
+        loop = asyncio.get_running_loop()
+        while True:
+            started_s = loop.time()
+            if self._worker is not None:
+                cause = await self._watch(self._worker)
+                async with self._turn:
+                    await self._bury(cause)
+            if loop.time() - started_s > HEALTHY_AFTER_S:
+                self._backoff_s = BACKOFF_FIRST_S
+            await asyncio.sleep(self._backoff_s)
+            self._backoff_s = min(2 * self._backoff_s, BACKOFF_LAST_S)
+            async with self._turn:
+                await self._revive()
+
+    async def _bury(self, cause: str) -> None:
+        worker = self._worker
+        if worker is None:
+            return
+        self._worker_gone(cause)
+        await worker.end()
+        if worker.last_words:
+            self.pending = f"its worker is being restarted: {worker.last_words}"
+        self._worker = None
+
+    async def _revive(self) -> None:
+        self.restarts += 1
+        try:
+            await self._start_worker()
+        except (McrError, WorkerGoneError) as error:
+            await self._bury(str(error))

@@ -1,0 +1,47 @@
+"""`mcr attach`: attach an interface, in the running supervisor or in one that this command becomes."""
+
+import asyncio
+import sys
+
+import click
+
+from mcr.cli.common import Settings, call
+from mcr.config import parse_attachment
+from mcr.errors import ExitStatus, McrError
+
+
+def _become_supervisor(settings: Settings, options: dict[str, object]) -> None:
+    from mcr.service import run
+    from mcr.supervisor import Supervisor
+
+    attachment = parse_attachment(options)
+
+    def ready(supervisor: Supervisor) -> None:
+        interface = supervisor.attached[attachment.interface]
+        _report(interface.name, interface.mode or "none", interface.ingress)
+        print("mcr: no supervisor was running, so this is one now; Ctrl-C ends it", file=sys.stderr)
+
+    asyncio.run(run(settings.instance, attachment=attachment, ready=ready))
+
+
+def _report(interface: str, mode: str, ingress: str) -> None:
+    print(f"attached {interface}: mode {mode}, ingress {ingress}", flush=True)
+
+
+@click.command(name="attach")
+@click.argument("interface", metavar="IFACE")
+@click.option("--mode", type=click.Choice(["auto", "native", "generic"]), default="auto", show_default=True)
+@click.option("--ingress", type=click.Choice(["auto", "xsk", "packet"]), default="auto", show_default=True)
+@click.option("--zero-copy", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True)
+@click.option("--busy-poll", is_flag=True, help="Spin instead of sleeping: lowest latency, one core busy.")
+@click.pass_obj
+def command(settings: Settings, /, **options: object) -> None:
+    """Attach MCR to IFACE. Where no supervisor runs, this becomes one, in the foreground."""
+    try:
+        done = call(settings, "attach", **options)
+    except McrError as error:
+        if error.status != ExitStatus.NO_SUPERVISOR:
+            raise
+        _become_supervisor(settings, options)
+    else:
+        _report(done["interface"], done["mode"], done["ingress"])

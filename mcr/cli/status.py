@@ -1,0 +1,42 @@
+"""`mcr status`: the attached interfaces and their workers."""
+
+import click
+
+from mcr.cli.common import Settings, call, json_option, print_json, print_table
+
+COLUMNS = (
+    "interface",
+    "state",
+    "mode",
+    "ingress",
+    "zero_copy",
+    "queues",
+    "rules",
+    "worker_pid",
+    "worker_restarts",
+)
+
+
+@click.command(name="status")
+@json_option
+@click.pass_obj
+def command(settings: Settings, as_json: bool) -> None:
+    """Show the attached interfaces, their workers, and what is joined."""
+    rows = call(settings, "status")
+    if as_json:
+        print_json(rows)
+        return
+    interfaces = [row for row in rows if row["object"] == "interface"]
+    if interfaces:
+        print_table(interfaces, COLUMNS)
+    else:
+        print("no interface is attached (mcr attach IFACE)")
+    for row in interfaces:
+        if row["reason"]:
+            print(f"{row['interface']}: {row['reason']}")
+    for row in rows:
+        if row["object"] == "membership":
+            print(
+                f"joined {row['held']} of {row['wanted']} groups"
+                + (f": {row['reason']}" if row["reason"] else "")
+            )

@@ -1,0 +1,231 @@
+"""From desired state to what has to be where: pure functions from rules and interface facts to the specs of
+maps, workers and memberships.
+
+The supervisor compares these specs with what it last put in place and changes only what differs. This module
+must never do I/O.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mcr._bpf import ffi
+from mcr.config import Attachment
+from mcr.errors import McrError
+from mcr.maps import MAX_OUTPUTS, MAX_RULES, rule_key
+from mcr.membership import Membership
+from mcr.rule import InterfaceFacts, Rule, plan
+from mcr.stream import Output
+
+ETHERNET_BYTES = 14
+VLAN_TAG_BYTES = 4
+IPV4_UDP_BYTES = 28
+IPV6_UDP_BYTES = 48
+LARGEST_PAYLOAD = 65487
+FRAME_HEADROOM = 256  # XDP_PACKET_HEADROOM, before every frame of an AF_XDP pool; AF_PACKET needs less
+FRAME_COUNT = 8192
+SMALL_FRAME, LARGE_FRAME = 2048, 4096
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSetup:
+    """What a worker is told once. A worker whose set-up changes is replaced."""
+
+    interface: str
+    ifindex: int
+    slot: int
+    ingress: Literal["xsk", "packet"]
+    zero_copy: Literal["auto", "on", "off"]
+    busy_poll: bool
+    queue_count: int
+    frame_size: int
+    frame_count: int
+    user_id: int
+    group_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """An output as a worker has it. gso_limit: the largest payload in bytes that leaves unfragmented."""
+
+    output_id: int
+    output: Output
+    ifindex: int
+    gso_limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class RuleSpec:
+    """A rule as a worker and the rules map have it. key: the bytes of its `struct mcr_rule_key`."""
+
+    rule_id: int
+    key: bytes
+    frame_limit: int
+    output_ids: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class InterfaceSpec:
+    """Everything that belongs on one attached interface, by id."""
+
+    outputs: dict[int, OutputSpec] = field(default_factory=dict)
+    rules: dict[int, RuleSpec] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputState:
+    """What became of one output of a rule; an empty pending says that it is in use."""
+
+    output: Output
+    output_id: int
+    pending: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RuleState:
+    """What became of a rule: its ids, its path and the reason for it, and why it waits, if it does."""
+
+    rule: Rule
+    rule_id: int
+    path: str
+    reason: str
+    pending: str
+    outputs: tuple[OutputState, ...]
+
+
+class IdPool:
+    """Numbers from 1 below a limit. The one that was freed the longest ago is given out first."""
+
+    def __init__(self, limit: int) -> None:
+        self._free = deque(range(1, limit))
+
+    def take(self) -> int:
+        return self._free.popleft()
+
+    def give(self, number: int) -> None:
+        self._free.append(number)
+
+
+@dataclass(slots=True)
+class Ids:
+    """rule_id and output_id of everything that is desired; what is unchanged keeps its ids."""
+
+    rules: dict[str, int] = field(default_factory=dict)
+    outputs: dict[tuple[str, str], int] = field(default_factory=dict)
+    _free_rules: IdPool = field(default_factory=lambda: IdPool(MAX_RULES))
+    _free_outputs: IdPool = field(default_factory=lambda: IdPool(MAX_OUTPUTS))
+
+    def assign(self, rules: Iterable[Rule]) -> tuple[list[int], list[int]]:
+        """Ids for exactly these rules and their outputs. Returns the new rule_ids and output_ids."""
+        wanted = {rule.name: rule for rule in rules}
+        wanted_outputs = {(rule.name, str(output)) for rule in wanted.values() for output in rule.outputs}
+        for name in self.rules.keys() - wanted.keys():
+            self._free_rules.give(self.rules.pop(name))
+        for key in self.outputs.keys() - wanted_outputs:
+            self._free_outputs.give(self.outputs.pop(key))
+        new_rules, new_outputs = [], []
+        for rule in wanted.values():
+            if rule.name not in self.rules:
+                self.rules[rule.name] = self._free_rules.take()
+                new_rules.append(self.rules[rule.name])
+            for output in rule.outputs:
+                key = (rule.name, str(output))
+                if key not in self.outputs:
+                    self.outputs[key] = self._free_outputs.take()
+                    new_outputs.append(self.outputs[key])
+        return new_rules, new_outputs
+
+
+@dataclass(slots=True)
+class Desired:
+    """What has to be where, and what became of each rule by name."""
+
+    interfaces: dict[str, InterfaceSpec]
+    rules: dict[str, RuleState]
+    memberships: frozenset[Membership]
+
+
+def longest_frame(facts: InterfaceFacts) -> int:
+    """The longest Ethernet frame, in bytes, that the interface's MTU and two VLAN tags allow."""
+    return facts.mtu + ETHERNET_BYTES + 2 * VLAN_TAG_BYTES
+
+
+def frame_size(facts: InterfaceFacts) -> int:
+    """The frame size, in bytes, of a pool for the interface."""
+    return SMALL_FRAME if longest_frame(facts) <= SMALL_FRAME - FRAME_HEADROOM else LARGE_FRAME
+
+
+def frame_limit(facts: InterfaceFacts) -> int:
+    """The longest frame, in bytes, that a worker takes: what the MTU allows and a frame of the pool holds.
+
+    Longer ones were merged by GRO or need jumbo frames, and are counted as oversize.
+    """
+    return min(longest_frame(facts), frame_size(facts) - FRAME_HEADROOM)
+
+
+def _output_spec(output: Output, output_id: int, facts: Mapping[str, InterfaceFacts]) -> OutputSpec:
+    """Raises McrError with the reason why the output has to wait."""
+    if not output.interface:
+        return OutputSpec(output_id, output, 0, LARGEST_PAYLOAD)  # the route's MTU shows itself
+    if output.interface not in facts:
+        raise McrError(f"there is no interface {output.interface}", "none is needed: it waits")
+    interface = facts[output.interface]
+    overhead = IPV4_UDP_BYTES if output.address.version == 4 else IPV6_UDP_BYTES
+    return OutputSpec(
+        output_id, output, interface.ifindex, max(0, min(LARGEST_PAYLOAD, interface.mtu - overhead))
+    )
+
+
+def realise(
+    rules: Iterable[Rule],
+    attachments: Mapping[str, Attachment],
+    facts: Mapping[str, InterfaceFacts],
+    ids: Ids,
+) -> Desired:
+    """What has to be where, for these rules on these attached interfaces as they are now.
+
+    ids must have been assigned for the same rules. A rule whose interface is absent or not attached is
+    pending; an output whose interface is absent is left out until it comes.
+    """
+    desired = Desired({name: InterfaceSpec() for name in attachments}, {}, frozenset())
+    memberships: set[Membership] = set()
+    for rule in rules:
+        desired.rules[rule.name] = state = _rule_state(rule, attachments, facts, ids, desired.interfaces)
+        if not state.pending and rule.stream.group:
+            ifindex = facts[rule.stream.interface].ifindex
+            memberships.add(Membership(ifindex, rule.stream.address, rule.stream.source))
+    desired.memberships = frozenset(memberships)
+    return desired
+
+
+def _rule_state(
+    rule: Rule,
+    attachments: Mapping[str, Attachment],
+    facts: Mapping[str, InterfaceFacts],
+    ids: Ids,
+    interfaces: dict[str, InterfaceSpec],
+) -> RuleState:
+    rule_id, interface = ids.rules[rule.name], rule.stream.interface
+    chosen = plan(rule, facts)
+    pending = ""
+    if interface not in facts:
+        pending = f"there is no interface {interface}"
+    elif interface not in attachments:
+        pending = f"{interface} is not attached (mcr attach {interface})"
+    outputs: list[OutputState] = []
+    specs: list[OutputSpec] = []
+    for output in rule.outputs:
+        output_id = ids.outputs[rule.name, str(output)]
+        try:
+            specs.append(_output_spec(output, output_id, facts))
+            outputs.append(OutputState(output, output_id, pending))
+        except McrError as error:
+            outputs.append(OutputState(output, output_id, error.cause))
+    if not pending:
+        spec = interfaces[interface]
+        spec.outputs.update({output.output_id: output for output in specs})
+        key = bytes(ffi.buffer(rule_key(rule.stream, facts[interface].ifindex)))
+        limit = frame_limit(facts[interface])
+        spec.rules[rule_id] = RuleSpec(rule_id, key, limit, tuple(output.output_id for output in specs))
+    return RuleState(rule, rule_id, chosen.path, chosen.reason, pending, tuple(outputs))

@@ -1,0 +1,160 @@
+"""The supervisor as a process: control socket, metrics, signals; and its commands by name.
+
+The control socket comes first, so that two supervisors of one instance never meet in the maps. This module
+must never decide anything about rules or interfaces.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mcr import metrics, views
+from mcr.config import Attachment, Config, load_config, parse_attachment, parse_listen, parse_rule
+from mcr.control import ControlServer, Peer, RequestError, socket_path
+from mcr.errors import McrError
+from mcr.supervisor import Supervisor
+
+METHOD_NOT_FOUND, INVALID_PARAMS = -32601, -32602
+
+log = logging.getLogger(__name__)
+
+Method = Callable[[Supervisor, dict[str, Any]], Awaitable[object]]
+
+
+def _text(params: dict[str, Any], key: str) -> str:
+    value = params.get(key)
+    if not isinstance(value, str):
+        raise RequestError(INVALID_PARAMS, f"{key} must be a string")
+    return value
+
+
+def _name(params: dict[str, Any]) -> str | None:
+    return _text(params, "name") if params.get("name") is not None else None
+
+
+async def _attach(supervisor: Supervisor, params: dict[str, Any]) -> object:
+    interface = await supervisor.attach(parse_attachment(params))
+    return {"interface": interface.name, "mode": interface.mode or "none", "ingress": interface.ingress}
+
+
+async def _detach(supervisor: Supervisor, params: dict[str, Any]) -> object:
+    await supervisor.detach(_text(params, "interface"))
+    return None
+
+
+async def _rule_add(supervisor: Supervisor, params: dict[str, Any]) -> object:
+    state = await supervisor.add_rule(parse_rule(params))
+    return {
+        "rule": state.rule.name,
+        "path": state.path,
+        "path_reason": state.reason,
+        "pending": state.pending,
+    }
+
+
+async def _rule_del(supervisor: Supervisor, params: dict[str, Any]) -> object:
+    names = params.get("names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RequestError(INVALID_PARAMS, "names must be an array of strings")
+    await supervisor.delete_rules(names)
+    return None
+
+
+async def _rule_show(supervisor: Supervisor, params: dict[str, Any]) -> object:
+    return views.rules(supervisor, _name(params))
+
+
+async def _status(supervisor: Supervisor, _: dict[str, Any]) -> object:
+    return views.status(supervisor)
+
+
+async def _stats(supervisor: Supervisor, params: dict[str, Any]) -> object:
+    return views.stats(supervisor, _name(params))
+
+
+async def _reload(supervisor: Supervisor, _: dict[str, Any]) -> object:
+    await supervisor.reload()
+    return None
+
+
+METHODS: dict[str, Method] = {
+    "attach": _attach,
+    "detach": _detach,
+    "rule.add": _rule_add,
+    "rule.del": _rule_del,
+    "rule.show": _rule_show,
+    "status": _status,
+    "stats": _stats,
+    "reload": _reload,
+}
+
+
+class Service:
+    """Answers control requests for a supervisor that may still be starting."""
+
+    def __init__(self) -> None:
+        self.supervisor: Supervisor | None = None
+
+    async def handle(self, peer: Peer, method: str, params: dict[str, Any]) -> object:
+        if method not in METHODS:
+            raise RequestError(METHOD_NOT_FOUND, f"there is no method {method}")
+        if self.supervisor is None:
+            raise McrError("the supervisor is starting", "try again in a moment")
+        log.debug("pid %d (uid %d): %s", peer.pid, peer.uid, method)
+        return await METHODS[method](self.supervisor, params)
+
+
+def _metrics_address(config: Config, option: str | None) -> tuple[str, int] | None:
+    """The command line's --metrics counts more than the files'."""
+    text = option if option is not None else config.metrics_listen
+    listen = parse_listen(text) if text is not None else None
+    return (str(listen[0]), listen[1]) if listen else None
+
+
+async def run(
+    instance: str,
+    config_paths: Sequence[Path] = (),
+    metrics_option: str | None = None,
+    attachment: Attachment | None = None,
+    ready: Callable[[Supervisor], None] = lambda _: None,
+) -> None:
+    """Runs a supervisor until SIGTERM, SIGINT or SIGHUP's elder brothers; SIGHUP reloads. Raises McrError.
+
+    attachment: an interface to attach at once. ready is called when everything asked for is in place.
+    """
+    address = _metrics_address(load_config(config_paths), metrics_option)
+    service = Service()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    server = ControlServer(socket_path(instance), service.handle)
+    async with contextlib.AsyncExitStack() as stack:
+        await server.start()
+        stack.push_async_callback(server.close)
+        supervisor = await stack.enter_async_context(Supervisor(instance, config_paths))
+        if attachment is not None:
+            await supervisor.attach(attachment)
+        if address is not None:
+            stack.enter_context(metrics.serve(supervisor, *address))
+        reloads: set[asyncio.Task[None]] = set()
+        loop.add_signal_handler(
+            signal.SIGHUP, lambda: reloads.add(asyncio.create_task(_reload_logged(supervisor)))
+        )
+        service.supervisor = supervisor
+        ready(supervisor)
+        await stop.wait()
+        log.info("stopping")
+        service.supervisor = None
+
+
+async def _reload_logged(supervisor: Supervisor) -> None:
+    try:
+        await supervisor.reload()
+        log.info("reloaded")
+    except McrError as error:
+        log.error("reload changed nothing: %s (%s)", error, error.remedy)

@@ -1,0 +1,122 @@
+"""Opens the sockets that a worker uses: one for each output, and the AF_PACKET socket of an ingress.
+
+Whatever needs privilege or addressing is set here, by the supervisor; the worker only sends and receives.
+This module must never keep a socket: the caller passes it on and closes its own copy.
+"""
+
+import errno
+import os
+import socket
+import struct
+from ipaddress import IPv4Address
+
+from mcr.errors import McrError
+from mcr.stream import Output
+
+SEND_BUFFER_BYTES = 8 << 20
+RECEIVE_BUFFER_BYTES = 32 << 20
+
+# linux/in.h, linux/in6.h, linux/if_packet.h, asm-generic/socket.h: names that Python's socket module lacks
+IP_TRANSPARENT = 19
+IPV6_TRANSPARENT = 75
+SO_SNDBUFFORCE = 32
+SO_RCVBUFFORCE = 33
+SO_BINDTOIFINDEX = 62
+SOL_PACKET = 263
+PACKET_AUXDATA = 8
+PACKET_VNET_HDR = 15
+PACKET_IGNORE_OUTGOING = 23
+ETH_P_ALL = 3
+
+
+def _set_buffer(target: socket.socket, forced: int, plain: int, size: int) -> None:
+    """The forced option ignores net.core.wmem_max and rmem_max, but needs CAP_NET_ADMIN."""
+    try:
+        target.setsockopt(socket.SOL_SOCKET, forced, size)
+    except PermissionError:
+        target.setsockopt(socket.SOL_SOCKET, plain, size)
+
+
+def open_output(output: Output, ifindex: int) -> socket.socket:
+    """The UDP socket of an output: unconnected, so that each send takes the route and address of its moment.
+
+    ifindex: the egress interface, 0 where routing chooses. A source address that is not the host's own is
+    allowed (IP_TRANSPARENT, ip(7)). Raises McrError.
+    """
+    family = socket.AF_INET if isinstance(output.address, IPv4Address) else socket.AF_INET6
+    udp = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        udp.setblocking(False)
+        _set_buffer(udp, SO_SNDBUFFORCE, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # nothing that comes back is of interest
+        if family == socket.AF_INET:
+            _set_ipv4(udp, output, ifindex)
+        else:
+            _set_ipv6(udp, output, ifindex)
+        if ifindex and not output.group:
+            udp.setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, ifindex)
+        if not isinstance(output.source, str):
+            udp.bind((str(output.source), 0))
+    except OSError as error:
+        udp.close()
+        raise McrError(
+            f"cannot open output {output}: {error.strerror}",
+            "check its addresses with: ip address"
+            if error.errno == errno.EADDRNOTAVAIL
+            else "run the supervisor as root, or with CAP_NET_ADMIN and CAP_NET_RAW",
+        ) from error
+    return udp
+
+
+def _set_ipv4(udp: socket.socket, output: Output, ifindex: int) -> None:
+    if output.group:
+        request = struct.pack("=4s4si", bytes(4), bytes(4), ifindex)  # struct ip_mreqn
+        udp.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, request)
+        udp.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 0)
+    if output.ttl is not None:
+        option = socket.IP_MULTICAST_TTL if output.group else socket.IP_TTL
+        udp.setsockopt(socket.IPPROTO_IP, option, output.ttl)
+    udp.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, (output.dscp or 0) << 2)
+    if output.source != "interface":
+        udp.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
+
+
+def _set_ipv6(udp: socket.socket, output: Output, ifindex: int) -> None:
+    udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    if output.group:
+        udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, ifindex)
+        udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, 0)
+    if output.ttl is not None:
+        option = socket.IPV6_MULTICAST_HOPS if output.group else socket.IPV6_UNICAST_HOPS
+        udp.setsockopt(socket.IPPROTO_IPV6, option, output.ttl)
+    udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, (output.dscp or 0) << 2)
+    if output.source != "interface":
+        udp.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, 1)
+
+
+def open_packet(interface: str, ifindex: int) -> socket.socket:
+    """The AF_PACKET socket of an ingress, bound to an interface; the host's own packets are ignored.
+
+    Options as in packet(7): the auxiliary data hold the VLAN tag that the device took out of the frame, the
+    virtio header tells packets that were merged by GRO. Raises McrError.
+    """
+    try:
+        packet = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+    except PermissionError as error:
+        raise McrError(
+            "not permitted to open an AF_PACKET socket", "run the supervisor as root, or with CAP_NET_RAW"
+        ) from error
+    try:
+        packet.setblocking(False)
+        _set_buffer(packet, SO_RCVBUFFORCE, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+        packet.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
+        packet.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+        packet.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
+        packet.bind((interface, ETH_P_ALL))
+    except OSError as error:
+        packet.close()
+        raise McrError(
+            f"cannot receive from {interface} by AF_PACKET: {os.strerror(error.errno or 0)}",
+            f"see that it exists and is up: ip link show {interface}",
+        ) from error
+    return packet

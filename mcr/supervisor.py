@@ -1,0 +1,252 @@
+"""The supervisor: desired state (files and commands) -> actual state (links, maps, workers, joins).
+
+Every change goes the same way: the new desired state is checked whole, then put in place by `_apply`, which
+compares and changes only what differs. This module must never touch a packet, a map's layout or a socket
+option; it says what shall be, and to whom.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from mcr import loader
+from mcr.attached import AttachedInterface
+from mcr.config import Attachment, Config, load_config
+from mcr.desired import Desired, IdPool, Ids, RuleState, realise
+from mcr.errors import McrError
+from mcr.maps import MAX_QUEUES, MAX_WORKERS, Maps, lookups_needed
+from mcr.membership import MembershipWorker
+from mcr.netlink import LinkMonitor
+from mcr.rule import InterfaceFacts, Rule, check_rules, plan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class DesiredState:
+    """What the user wants: from files, and from commands at run time."""
+
+    file_rules: dict[str, Rule] = field(default_factory=dict)
+    file_attachments: dict[str, Attachment] = field(default_factory=dict)
+    runtime_rules: dict[str, Rule] = field(default_factory=dict)
+    runtime_attachments: dict[str, Attachment] = field(default_factory=dict)
+
+    @property
+    def rules(self) -> dict[str, Rule]:
+        return self.file_rules | self.runtime_rules
+
+    @property
+    def attachments(self) -> dict[str, Attachment]:
+        return self.runtime_attachments | self.file_attachments
+
+    def copy(self) -> "DesiredState":
+        return DesiredState(
+            dict(self.file_rules),
+            dict(self.file_attachments),
+            dict(self.runtime_rules),
+            dict(self.runtime_attachments),
+        )
+
+
+class Supervisor:
+    """One instance, from start to stop. An async context manager; its methods are the control commands."""
+
+    def __init__(self, instance: str, config_paths: Sequence[Path] = ()) -> None:
+        self.instance = instance
+        self.config_paths = tuple(config_paths)
+        self.state = DesiredState()
+        self.desired = Desired({}, {}, frozenset())
+        self.attached: dict[str, AttachedInterface] = {}
+        self.reloads = 0
+        self.membership = MembershipWorker()
+        self.maps: Maps
+        self._monitor = LinkMonitor(self._links_changed)
+        self._ids = Ids()
+        self._slots = IdPool(MAX_WORKERS + 1)
+        self._turn = asyncio.Lock()
+        self._stack = contextlib.AsyncExitStack()
+        self._background: set[asyncio.Task[None]] = set()
+
+    @property
+    def facts(self) -> Mapping[str, InterfaceFacts]:
+        """The interfaces as they are now."""
+        return self._monitor.facts
+
+    async def __aenter__(self) -> Self:
+        async with contextlib.AsyncExitStack() as stack:
+            await asyncio.to_thread(loader.load, self.instance)
+            stack.callback(loader.unload, self.instance)
+            self.maps = stack.enter_context(Maps(self.instance))
+            await self.membership.start()
+            stack.push_async_callback(self.membership.stop)
+            await stack.enter_async_context(self._monitor)
+            stack.push_async_callback(self._stop)
+            if self.config_paths:
+                await self._start_config()
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Leaves nothing: interfaces detached, workers drained, groups left, pins gone."""
+        await self._stack.aclose()
+
+    async def _start_config(self) -> None:
+        """What the files ask for and cannot be done yet is logged and waits; a wrong file ends the start."""
+        config = load_config(self.config_paths)
+        self.state = self._with_config(config)
+        self._check(self.state)
+        async with self._turn:
+            await self._apply(self.state, quietly=True)
+
+    async def _stop(self) -> None:
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        async with self._turn:
+            await asyncio.gather(*(interface.stop() for interface in self.attached.values()))
+            self.attached.clear()
+
+    # --- commands
+
+    async def attach(self, attachment: Attachment) -> AttachedInterface:
+        """Attaches an interface until it is detached or the supervisor ends."""
+        if attachment.interface not in self.facts:
+            raise _no_interface(attachment.interface)
+        if attachment.interface in self.state.attachments:
+            raise McrError(
+                f"{attachment.interface} is attached already", f"first: mcr detach {attachment.interface}"
+            )
+        new = self.state.copy()
+        new.runtime_attachments[attachment.interface] = attachment
+        await self._change(new)
+        return self.attached[attachment.interface]
+
+    async def detach(self, interface: str) -> None:
+        new = self.state.copy()
+        if interface in new.file_attachments:
+            raise McrError(
+                f"{interface} is attached by {new.file_attachments[interface].origin}",
+                "remove it there, then: mcr reload",
+            )
+        if new.runtime_attachments.pop(interface, None) is None:
+            raise McrError(f"{interface} is not attached", "see what is: mcr status")
+        await self._change(new)
+
+    async def add_rule(self, rule: Rule) -> RuleState:
+        """Adds a rule; its name must be new, its interfaces must exist."""
+        for interface in (rule.stream.interface, *(output.interface for output in rule.outputs)):
+            if interface and interface not in self.facts:
+                raise _no_interface(interface)
+        if rule.name in self.state.rules:
+            raise McrError(f"there is a rule {rule.name!r} already", f"first: mcr rule del {rule.name}")
+        new = self.state.copy()
+        new.runtime_rules[rule.name] = rule
+        await self._change(new)
+        return self.desired.rules[rule.name]
+
+    async def delete_rules(self, names: Sequence[str]) -> None:
+        """Deletes all of the rules, or none if one of them cannot be."""
+        new = self.state.copy()
+        for name in names:
+            if name in new.file_rules:
+                raise McrError(
+                    f"rule {name!r} comes from {new.file_rules[name].origin}",
+                    "remove it there, then: mcr reload",
+                )
+            if new.runtime_rules.pop(name, None) is None:
+                raise McrError(f"there is no rule {name!r}", "see which there are: mcr rule show")
+        await self._change(new)
+
+    async def reload(self) -> None:
+        """Reads the files again and applies the difference; a wrong file changes nothing."""
+        config = await asyncio.to_thread(load_config, self.config_paths)
+        await self._change(self._with_config(config))
+        self.reloads += 1
+
+    # --- desired to actual
+
+    def _with_config(self, config: Config) -> DesiredState:
+        new = self.state.copy()
+        new.file_rules = {rule.name: rule for rule in config.rules}
+        new.file_attachments = {attachment.interface: attachment for attachment in config.attachments}
+        return new
+
+    def _check(self, state: DesiredState) -> None:
+        for name in state.file_rules.keys() & state.runtime_rules.keys():
+            raise McrError(
+                f"there is a rule {name!r} from a command already",
+                f"first: mcr rule del {name}",
+                str(state.file_rules[name].origin or ""),
+            )
+        check_rules(list(state.rules.values()))
+        if len(state.attachments) > MAX_WORKERS:
+            raise McrError(f"more than {MAX_WORKERS} interfaces", "share them out among several instances")
+        for rule in state.rules.values():
+            plan(rule, self.facts)
+
+    async def _change(self, new: DesiredState) -> None:
+        """All of the new state, or, if something in it cannot be done, the old one again."""
+        self._check(new)
+        async with self._turn:
+            old = self.state
+            try:
+                await self._apply(new)
+            except BaseException:
+                await self._apply(old, quietly=True)
+                raise
+
+    async def _apply(self, state: DesiredState, quietly: bool = False) -> None:
+        """Puts a state in place. quietly: what cannot be done is logged and waits instead of raising."""
+        self.state = state
+        rules = list(state.rules.values())
+        before = lookups_needed([each.rule.stream for each in self.desired.rules.values()])
+        needed = lookups_needed([rule.stream for rule in rules])
+        self._assign_ids(rules)
+        self.desired = realise(rules, state.attachments, self.facts, self._ids)
+        self.maps.set_lookups(before | needed)
+        await self._apply_interfaces(state, quietly)
+        self.maps.set_lookups(needed)
+        for failure in await self.membership.set(self.desired.memberships):
+            log.error("%s (%s)", failure.cause, failure.remedy)
+
+    def _assign_ids(self, rules: Sequence[Rule]) -> None:
+        new_rules, new_outputs = self._ids.assign(rules)
+        for rule_id in new_rules:
+            self.maps.clear_rule(rule_id)
+        for output_id in new_outputs:
+            self.maps.clear_output(output_id)
+
+    async def _apply_interfaces(self, state: DesiredState, quietly: bool) -> None:
+        for name, interface in list(self.attached.items()):
+            if state.attachments.get(name) != interface.attachment:
+                await interface.stop()
+                self._slots.give(interface.slot + 1)
+                del self.attached[name]
+        for name, attachment in state.attachments.items():
+            if name not in self.attached:
+                slot = self._slots.take() - 1
+                self.maps.clear_worker(slot)
+                self.attached[name] = AttachedInterface(attachment, self.maps, slot, slot * MAX_QUEUES)
+            try:
+                await self.attached[name].apply(self.facts.get(name), self.desired.interfaces[name])
+            except McrError as error:
+                if not quietly:
+                    raise
+                log.error("%s: %s (%s)", name, error.cause, error.remedy)
+
+    def _links_changed(self, _: dict[str, InterfaceFacts]) -> None:
+        task = asyncio.create_task(self._follow_links(), name="mcr-links")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _follow_links(self) -> None:
+        async with self._turn:
+            await self._apply(self.state, quietly=True)
+
+
+def _no_interface(interface: str) -> McrError:
+    return McrError(f"there is no interface {interface}", "see which there are: ip link")

@@ -1,0 +1,243 @@
+"""One life of one worker process: start it, command it, read its last words, end it.
+
+The command socket exists before the process does, so that a start cannot deadlock. This module must never
+decide what a worker shall do nor whether it lives again; `attached.py` does.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mcr._bpf import ffi, lib
+from mcr.desired import OutputSpec, RuleSpec, WorkerSetup
+from mcr.errors import McrError
+from mcr.maps import MAX_QUEUES, address_bytes
+
+REPLY_TIMEOUT_S = 3.0
+SETUP_TIMEOUT_S = 10.0
+SHUTDOWN_TIMEOUT_S = 1.5
+
+log = logging.getLogger(__name__)
+
+
+class WorkerGoneError(Exception):
+    """The worker ended, or stopped answering, before it acknowledged a command."""
+
+
+class WorkerProcess:
+    """A running worker. Commands may be issued side by side; they are carried out in order."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, command_socket: socket.socket) -> None:
+        self.name = name
+        self.process = process
+        self.log = logging.getLogger(f"mcr.worker.{name}")
+        self.last_words = ""
+        self._socket = command_socket
+        self._sequence = 0
+        self._waiting: dict[int, asyncio.Future[tuple[Any, list[int]]]] = {}
+        self._turn = asyncio.Lock()
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(command_socket, self._read_replies)
+        self._stderr = asyncio.create_task(self._log_stderr(), name=f"mcr-stderr-{name}")
+
+    @classmethod
+    async def spawn(cls, name: str) -> "WorkerProcess":
+        """Starts the process; it waits for its set-up. Raises McrError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        try:
+            with theirs:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "mcr.uring_egress",
+                    str(theirs.fileno()),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.DEVNULL,
+                    stderr=asyncio.subprocess.PIPE,
+                    pass_fds=(theirs.fileno(),),
+                )
+        except OSError as error:
+            ours.close()
+            raise McrError(
+                f"cannot start a worker: {error.strerror}", "free memory or processes (ulimit -u)"
+            ) from error
+        return cls(name, process, ours)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def set_up(self, setup: WorkerSetup, fds: Sequence[int]) -> tuple[list[int], bool]:
+        """Sends the first command. Returns the AF_XDP sockets, the caller's to close, and whether they are
+        zero-copy.
+
+        fds: the three counter maps, and the AF_PACKET socket of a packet ingress. Raises McrError when the
+        worker cannot do it, WorkerGoneError when it died.
+        """
+        command = ffi.new("struct mcr_command *", {"type": lib.MCR_SETUP})
+        body = command.setup
+        body.abi_version = lib.MCR_ABI_VERSION
+        body.ingress = lib.MCR_INGRESS_XSK if setup.ingress == "xsk" else lib.MCR_INGRESS_PACKET
+        body.ifindex = setup.ifindex
+        body.queue_first, body.queue_count = 0, setup.queue_count
+        body.frame_count, body.frame_size = setup.frame_count, setup.frame_size
+        body.zero_copy = {
+            "auto": lib.MCR_ZERO_COPY_AUTO,
+            "on": lib.MCR_ZERO_COPY_ON,
+            "off": lib.MCR_ZERO_COPY_OFF,
+        }[setup.zero_copy]
+        body.busy_poll = setup.busy_poll
+        body.worker_slot = setup.slot
+        body.user_id, body.group_id = setup.user_id, setup.group_id
+        body.interface = os.fsencode(setup.interface)
+        reply, sockets = await self._command(command, fds, SETUP_TIMEOUT_S)
+        if reply.status:
+            for fd in sockets:
+                os.close(fd)
+            raise McrError(
+                ffi.string(reply.message).decode(errors="replace"),
+                "choose another --ingress or --zero-copy, or see mcr status",
+            )
+        return sockets, bool(reply.zero_copy)
+
+    async def add_output(self, spec: OutputSpec, udp: socket.socket) -> None:
+        """Adds or replaces an output. The worker gets a copy of the socket."""
+        command = ffi.new("struct mcr_command *", {"type": lib.MCR_ADD_OUTPUT})
+        body, output = command.output, spec.output
+        body.output_id = spec.output_id
+        body.flags = (
+            (lib.MCR_OUTPUT_KEEP_PORT if output.port is None else 0)
+            | (lib.MCR_OUTPUT_PRESERVE_DSCP if output.dscp is None else 0)
+            | (lib.MCR_OUTPUT_DECREMENT_TTL if output.ttl is None else 0)
+            | (lib.MCR_OUTPUT_PRESERVE_SOURCE if output.source == "preserve" else 0)
+        )
+        body.family = udp.family
+        body.dport = output.port or 0
+        body.scope_id = spec.ifindex if output.group or output.address.is_link_local else 0
+        body.gso_limit = spec.gso_limit
+        body.dscp = output.dscp or 0
+        ffi.memmove(body.daddr, address_bytes(output.address), 16)
+        await self._done(command, (udp.fileno(),))
+
+    async def delete_output(self, output_id: int) -> None:
+        await self._done(ffi.new("struct mcr_command *", {"type": lib.MCR_DEL_OUTPUT, "id": output_id}))
+
+    async def set_rule(self, spec: RuleSpec) -> None:
+        """Adds or replaces a rule whose outputs the worker knows."""
+        command = ffi.new("struct mcr_command *", {"type": lib.MCR_SET_RULE})
+        body = command.rule
+        ffi.memmove(ffi.addressof(body, "key"), spec.key, len(spec.key))
+        body.rule_id = spec.rule_id
+        body.frame_limit = spec.frame_limit
+        body.output_count = len(spec.output_ids)
+        for index, output_id in enumerate(spec.output_ids):
+            body.output_ids[index] = output_id
+        await self._done(command)
+
+    async def delete_rule(self, rule_id: int) -> None:
+        await self._done(ffi.new("struct mcr_command *", {"type": lib.MCR_DEL_RULE, "id": rule_id}))
+
+    async def ping(self) -> None:
+        """Asks for a sign of life; the worker also brings its counters up to date."""
+        await self._done(ffi.new("struct mcr_command *", {"type": lib.MCR_PING}))
+
+    async def shut_down(self) -> None:
+        """Drains the worker and reaps it; one that does not end in time is killed."""
+        with contextlib.suppress(WorkerGoneError, McrError):
+            command = ffi.new("struct mcr_command *", {"type": lib.MCR_SHUTDOWN})
+            await self._command(command, (), SHUTDOWN_TIMEOUT_S)
+        await self.end()
+
+    async def end(self) -> int:
+        """Reaps the process, killing it if it runs on. Returns its exit status."""
+        try:
+            async with asyncio.timeout(0.5):
+                await self.process.wait()
+        except TimeoutError:
+            self.kill()
+            await self.process.wait()
+        self._hang_up()
+        await self._stderr
+        return self.process.returncode or 0
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGKILL)
+
+    # --- the command socket
+
+    async def _done(self, command: Any, fds: Sequence[int] = ()) -> None:
+        reply, _ = await self._command(command, fds, REPLY_TIMEOUT_S)
+        if reply.status:
+            cause = ffi.string(reply.message).decode(errors="replace")
+            raise McrError(f"worker {self.name}: {cause}", "see the log; restarting MCR helps")
+
+    async def _command(self, command: Any, fds: Sequence[int], timeout_s: float) -> tuple[Any, list[int]]:
+        self._sequence += 1
+        command.sequence = sequence = self._sequence
+        answer: asyncio.Future[tuple[Any, list[int]]] = self._loop.create_future()
+        self._waiting[sequence] = answer
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._send(bytes(ffi.buffer(command)), fds)
+                return await answer
+        except TimeoutError as error:
+            raise WorkerGoneError(f"no answer for {timeout_s:g} s") from error
+        except OSError as error:
+            raise WorkerGoneError(f"its command socket broke: {error.strerror}") from error
+        finally:
+            self._waiting.pop(sequence, None)
+
+    async def _send(self, data: bytes, fds: Sequence[int]) -> None:
+        async with self._turn:
+            while True:
+                try:
+                    socket.send_fds(self._socket, [data], list(fds))
+                    return
+                except BlockingIOError:
+                    await asyncio.sleep(0.001)  # the worker reads thousands of commands in that time
+
+    def _read_replies(self) -> None:
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(self._socket, ffi.sizeof("struct mcr_reply"), MAX_QUEUES)
+            except BlockingIOError:
+                return
+            except OSError:
+                data, fds = b"", []
+            if len(data) != ffi.sizeof("struct mcr_reply"):
+                self._hang_up()
+                return
+            reply = ffi.new("struct mcr_reply *")
+            ffi.memmove(reply, data, len(data))
+            answer = self._waiting.get(reply.sequence)
+            if answer is None or answer.done():
+                for fd in fds:
+                    os.close(fd)
+            else:
+                answer.set_result((reply, fds))
+
+    def _hang_up(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(WorkerGoneError("it ended"))
+
+    async def _log_stderr(self) -> None:
+        assert self.process.stderr is not None
+        while True:
+            with contextlib.suppress(ValueError):  # a line longer than the reader's limit
+                line = await self.process.stderr.readline()
+                if not line:
+                    return
+                self.last_words = line.decode(errors="replace").rstrip()
+                self.log.error("%s", self.last_words)
