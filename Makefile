@@ -32,11 +32,11 @@ lint: build ## check style, types and format
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	clang-format --dry-run -Werror $(C_FILES)
+	.venv/bin/clang-format --dry-run -Werror $(C_FILES)
 
 format: build ## rewrite the sources in the format that lint wants
 	$(PYTHON) -m ruff format .
-	clang-format -i $(C_FILES)
+	.venv/bin/clang-format -i $(C_FILES)
 
 install: build ## install the program in /opt/mcr and a link to it in PREFIX/bin (root)
 	@scripts/as-root scripts/install "$(MCR_HOME)" "$(PREFIX)/bin/mcr"

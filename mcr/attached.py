@@ -10,16 +10,24 @@ import contextlib
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mcr import loader, netlink
 from mcr._bpf import ffi
 from mcr.config import Attachment
-from mcr.desired import FRAME_COUNT, InterfaceSpec, OutputSpec, RuleSpec, WorkerSetup, frame_size
+from mcr.desired import (
+    FRAME_COUNT,
+    InterfaceSpec,
+    OutputSpec,
+    RuleSpec,
+    WorkerSetup,
+    frame_size,
+    largest_payload,
+)
 from mcr.errors import McrError
 from mcr.maps import MAX_QUEUES, Maps
 from mcr.rule import InterfaceFacts
-from mcr.sockets import open_output, open_packet
+from mcr.sockets import open_output, open_packet, route_mtu
 from mcr.worker import WorkerGoneError, WorkerProcess
 
 PING_INTERVAL_S = 1.0
@@ -29,6 +37,13 @@ HEALTHY_AFTER_S = 60.0
 NOBODY = 65534
 
 log = logging.getLogger(__name__)
+
+
+def _with_route(spec: OutputSpec) -> OutputSpec:
+    """What routing chooses the way of is limited by the MTU of the route as it is now."""
+    if spec.ifindex:
+        return spec
+    return replace(spec, gso_limit=largest_payload(spec.output, route_mtu(spec.output)))
 
 
 @dataclass(slots=True)
@@ -88,20 +103,29 @@ class AttachedInterface:
             self._facts = facts
             if facts is None:
                 self.pending = f"there is no interface {self.name}"
-                return
-            try:
-                if self._worker is None and self._keeper is None:
-                    await self._bring_up(facts)
-                    self._keeper = asyncio.create_task(self._keep(), name=f"mcr-keep-{self.name}")
-                elif self._worker is not None:
-                    await self._sync()
-            except WorkerGoneError as error:
-                self._worker_gone(str(error))
-                if self._keeper is None:
-                    self._keeper = asyncio.create_task(self._keep(), name=f"mcr-keep-{self.name}")
-            except McrError as error:
-                self.pending = error.cause
+            elif self._keeper is None:
+                await self._start(facts)
+            elif self._worker is not None:
+                await self._sync_or_replace(self._worker)
+
+    async def _start(self, facts: InterfaceFacts) -> None:
+        try:
+            await self._bring_up(facts)
+        except (McrError, WorkerGoneError) as error:
+            await self._bury(str(error))
+            self._detach()
+            self.pending = str(error)
+            if isinstance(error, McrError):
                 raise
+            raise McrError(f"{self.name}: the worker died: {error}", "see the log") from error
+        self._keeper = asyncio.create_task(self._keep(), name=f"mcr-keep-{self.name}")
+
+    async def _sync_or_replace(self, worker: WorkerProcess) -> None:
+        try:
+            await self._sync()
+        except WorkerGoneError as error:
+            log.error("%s: worker %d: %s", self.name, worker.pid, error)
+            worker.kill()  # upon which the keeper starts another
 
     async def stop(self) -> None:
         """Detaches: first the rules, so that packets go to the stack, then the drained worker, then XDP."""
@@ -121,26 +145,26 @@ class AttachedInterface:
         )
 
     async def _bring_up(self, facts: InterfaceFacts) -> None:
-        try:
-            self._attach(facts)
-            self._setup = self._choose_setup(facts)
-            await self._start_worker()
-        except (McrError, WorkerGoneError):
-            if self._worker is not None:
-                self._worker.kill()
-                await self._worker.end()
-                self._worker = None
-            raise
-        finally:
-            if self._worker is None:
-                self._detach()
+        self._attach(facts)
+        self._setup = self._choose_setup(facts)
+        await self._start_worker(self._setup)
 
     def _attach(self, facts: InterfaceFacts) -> None:
         """XDP, unless the ingress needs none. Only `auto` falls back to AF_PACKET, where XDP cannot run."""
-        self.ingress = "packet" if self.attachment.ingress == "packet" else "xsk"
-        if self.ingress == "packet" or self._link is not None:
+        if self._link is not None:
             return
-        self._link = loader.attach(self._maps.program_fd, self.name, facts.ifindex, self.attachment.mode)
+        self.ingress = "packet" if self.attachment.ingress == "packet" else "xsk"
+        if self.ingress == "packet":
+            return
+        mode = self.attachment.mode
+        try:
+            self._link = loader.attach(self._maps.program_fd, self.name, facts.ifindex, mode)
+        except loader.XdpUnsupportedError as error:
+            if self.attachment.ingress != "auto" or mode != "auto":
+                raise
+            log.warning("%s; using AF_PACKET", error)
+            self.ingress = "packet"
+            return
         self.mode = self._link.mode
         log.info("%s: attached in %s mode", self.name, self.mode)
 
@@ -175,12 +199,11 @@ class AttachedInterface:
             group_id=NOBODY if root else 0,
         )
 
-    async def _start_worker(self) -> None:
+    async def _start_worker(self, setup: WorkerSetup) -> None:
         """Starts a worker, gives it every output and rule, and only then traffic."""
-        assert self._setup is not None
         self._in_place = _InPlace(map_rules=self._in_place.map_rules)
         self._worker = await WorkerProcess.spawn(self.name)
-        sockets, self.zero_copy = await self._set_up_worker(self._worker, self._setup)
+        sockets, self.zero_copy = await self._set_up_worker(self._worker, setup)
         try:
             await self._sync()
             for queue, fd in enumerate(sockets):
@@ -237,7 +260,8 @@ class AttachedInterface:
             del in_place.outputs[output_id]
 
     async def _add_outputs(self, worker: WorkerProcess) -> None:
-        for output_id, spec in self.spec.outputs.items():
+        for output_id, wanted in self.spec.outputs.items():
+            spec = _with_route(wanted)
             if self._in_place.outputs.get(output_id) == spec:
                 continue
             with open_output(spec.output, spec.ifindex) as udp:
@@ -253,21 +277,15 @@ class AttachedInterface:
 
     # --- the worker's life
 
-    def _worker_gone(self, cause: str) -> None:
-        worker = self._worker
-        if worker is not None:
-            worker.kill()
-        self.pending = f"its worker is being restarted: {cause}"
-        log.error("%s: worker %s: %s", self.name, worker.pid if worker else "", cause)
-
     async def _watch(self, worker: WorkerProcess) -> str:
         """Pings until the worker ends or falls silent. Returns the cause."""
         while True:
-            waiting = asyncio.create_task(worker.process.wait())
-            done, _ = await asyncio.wait({waiting}, timeout=PING_INTERVAL_S)
-            waiting.cancel()
-            if done:
+            try:
+                async with asyncio.timeout(PING_INTERVAL_S):
+                    await worker.process.wait()
                 return f"ended with status {worker.process.returncode}"
+            except TimeoutError:
+                pass
             try:
                 await worker.ping()
             except (WorkerGoneError, McrError) as error:
@@ -290,18 +308,19 @@ class AttachedInterface:
                 await self._revive()
 
     async def _bury(self, cause: str) -> None:
-        worker = self._worker
+        """Ends what is left of a worker that has failed, and keeps its last words as the reason."""
+        worker, self._worker = self._worker, None
         if worker is None:
             return
-        self._worker_gone(cause)
+        worker.kill()
         await worker.end()
-        if worker.last_words:
-            self.pending = f"its worker is being restarted: {worker.last_words}"
-        self._worker = None
+        self.pending = f"its worker is being restarted: {worker.last_words or cause}"
+        log.error("%s: worker %d: %s", self.name, worker.pid, cause)
 
     async def _revive(self) -> None:
         self.restarts += 1
+        assert self._facts is not None  # apply() takes everything down, this task too, when they go
         try:
-            await self._start_worker()
+            await self._bring_up(self._facts)
         except (McrError, WorkerGoneError) as error:
             await self._bury(str(error))

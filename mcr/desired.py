@@ -164,10 +164,18 @@ def frame_limit(facts: InterfaceFacts) -> int:
     return min(longest_frame(facts), frame_size(facts) - FRAME_HEADROOM)
 
 
+def largest_payload(output: Output, mtu: int) -> int:
+    """The largest payload, in bytes, that an output sends unfragmented through this MTU."""
+    overhead = IPV4_UDP_BYTES if output.address.version == 4 else IPV6_UDP_BYTES
+    return max(0, min(LARGEST_PAYLOAD, mtu - overhead))
+
+
 def _output_spec(output: Output, output_id: int, facts: Mapping[str, InterfaceFacts]) -> OutputSpec:
     """Raises McrError with the reason why the output has to wait."""
     if not output.interface:
-        return OutputSpec(output_id, output, 0, LARGEST_PAYLOAD)  # the route's MTU shows itself
+        return OutputSpec(
+            output_id, output, 0, LARGEST_PAYLOAD
+        )  # lowered to the route's when it is put in place
     if output.interface not in facts:
         raise McrError(f"there is no interface {output.interface}", "none is needed: it waits")
     interface = facts[output.interface]

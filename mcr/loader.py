@@ -236,6 +236,10 @@ class Link:
             self.fd = -1
 
 
+class XdpUnsupportedError(McrError):
+    """The interface cannot run XDP in the mode asked for."""
+
+
 def program_name(program_id: int) -> str:
     """The name of a loaded BPF program, or a text that says it has gone."""
     name = ffi.new("char[16]")
@@ -248,7 +252,8 @@ def attach(program_fd: int, interface: str, ifindex: int, mode: Literal["auto", 
     """Attaches the program to an interface by a bpf_link.
 
     mode: `native` runs in the driver, `generic` in the stack, `auto` is native where the driver can.
-    Returns the link with the mode obtained. Raises McrError naming another program that is in the way.
+    Returns the link with the mode obtained. Raises McrError naming another program that is in the way, and
+    XdpUnsupportedError.
     """
     modes: tuple[Mode, ...] = ("native", "generic") if mode == "auto" else (mode,)
     status = 0
@@ -293,7 +298,7 @@ def _attach_error(interface: str, mode: Mode, code: int) -> McrError:
             status=ExitStatus.NOT_PERMITTED,
         )
     remedy = "choose --mode generic" if mode == "native" else "choose --ingress packet, which needs no XDP"
-    return McrError(f"{interface} cannot run XDP in {mode} mode: {os.strerror(code)}", remedy)
+    return XdpUnsupportedError(f"{interface} cannot run XDP in {mode} mode: {os.strerror(code)}", remedy)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ SEND_BUFFER_BYTES = 8 << 20
 RECEIVE_BUFFER_BYTES = 32 << 20
 
 # linux/in.h, linux/in6.h, linux/if_packet.h, asm-generic/socket.h: names that Python's socket module lacks
+IP_MTU = 14
+IPV6_MTU = 24
 IP_TRANSPARENT = 19
 IPV6_TRANSPARENT = 75
 SO_SNDBUFFORCE = 32
@@ -66,6 +68,19 @@ def open_output(output: Output, ifindex: int) -> socket.socket:
             else "run the supervisor as root, or with CAP_NET_ADMIN and CAP_NET_RAW",
         ) from error
     return udp
+
+
+def route_mtu(output: Output) -> int:
+    """The MTU, in bytes, of the route to an output that names no interface; 0 if there is no route now."""
+    family = socket.AF_INET if isinstance(output.address, IPv4Address) else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((str(output.address), output.port or 9))  # only looks up the route
+            if family == socket.AF_INET:
+                return probe.getsockopt(socket.IPPROTO_IP, IP_MTU)
+            return probe.getsockopt(socket.IPPROTO_IPV6, IPV6_MTU)
+        except OSError:
+            return 0
 
 
 def _set_ipv4(udp: socket.socket, output: Output, ifindex: int) -> None:

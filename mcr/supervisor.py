@@ -8,10 +8,10 @@ option; it says what shall be, and to whom.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from mcr import loader
 from mcr.attached import AttachedInterface
@@ -22,6 +22,8 @@ from mcr.maps import MAX_QUEUES, MAX_WORKERS, Maps, lookups_needed
 from mcr.membership import MembershipWorker
 from mcr.netlink import LinkMonitor
 from mcr.rule import InterfaceFacts, Rule, check_rules, plan
+
+RETRY_INTERVAL_S = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,7 @@ class Supervisor:
             stack.push_async_callback(self._stop)
             if self.config_paths:
                 await self._start_config()
+            self._in_background(self._retry(), "mcr-retry")
             self._stack = stack.pop_all()
         return self
 
@@ -238,14 +241,26 @@ class Supervisor:
                     raise
                 log.error("%s: %s (%s)", name, error.cause, error.remedy)
 
-    def _links_changed(self, _: dict[str, InterfaceFacts]) -> None:
-        task = asyncio.create_task(self._follow_links(), name="mcr-links")
+    # --- by itself
+
+    def _in_background(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _follow_links(self) -> None:
+    def _links_changed(self, _: dict[str, InterfaceFacts]) -> None:
+        self._in_background(self._apply_again(), "mcr-links")
+
+    async def _apply_again(self) -> None:
         async with self._turn:
             await self._apply(self.state, quietly=True)
+
+    async def _retry(self) -> None:
+        """What could not be attached is tried again: whatever was in its way may have gone without an event."""
+        while True:
+            await asyncio.sleep(RETRY_INTERVAL_S)
+            if any(each.pending and each.name in self.facts for each in self.attached.values()):
+                await self._apply_again()
 
 
 def _no_interface(interface: str) -> McrError:

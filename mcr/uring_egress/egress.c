@@ -340,8 +340,7 @@ static void account_send(struct worker *worker, const struct send *send, const s
 		return;
 	}
 	counters->sent_packets += send->count;
-	for (uint16_t i = 0; i < send->count; i++)
-		counters->sent_bytes += run->payloads[send->first + i].iov_len;
+	counters->sent_bytes += send->count == run->count ? run->bytes : run->payloads[send->first].iov_len;
 }
 
 int egress_complete(struct worker *worker, uint32_t send_index, int result)

@@ -96,6 +96,10 @@ def test_interfaces_are_read_as_they_are(lab: Lab, host: Namespace) -> None:
 
 def test_an_interface_without_carrier_is_not_up(lab: Lab, host: Namespace) -> None:
     lab.ip(host, "link set eth1 down")
+    deadline = time.monotonic() + 10
+    while json.loads(lab.ip(host, "-j link show dev eth0"))[0]["operstate"] == "UP":
+        assert time.monotonic() < deadline  # the kernel tells it up to a second later
+        time.sleep(0.01)
     with lab.inside(host):
         assert not read_interfaces()["eth0"].up
 
@@ -108,6 +112,22 @@ def test_a_thousand_interfaces_are_all_read(lab: Lab, host: Namespace) -> None:
         facts = read_interfaces()
     names = {f"{end}{n}" for n in range(500) for end in ("many", "peer")}
     assert set(facts) == names | {"lo", "eth0", "eth1"}
+
+
+def test_a_name_that_is_not_utf_8_is_read_as_file_names_are(lab: Lab, host: Namespace) -> None:
+    lab.ip(host, "link add odd\udcff type veth peer name odd1")
+    with lab.inside(host):
+        assert set(read_interfaces()) == {"lo", "eth0", "eth1", "odd\udcff", "odd1"}
+
+
+def test_interfaces_can_be_read_inside_a_running_loop(lab: Lab, host: Namespace) -> None:
+    async def session() -> None:
+        assert set(read_interfaces()) == {"lo", "eth0", "eth1"}
+        assert receive_queues("eth0") == 1
+        assert xdp_program("eth0") is None
+
+    with lab.inside(host):
+        asyncio.run(session())
 
 
 def test_receive_queues_are_those_in_use_now(lab: Lab, host: Namespace) -> None:
@@ -178,10 +198,24 @@ def test_an_interface_made_anew_under_its_old_index_is_reported(lab: Lab, host: 
     async def body(monitor: LinkMonitor, changes: Changes) -> None:
         before = monitor.facts
         lab.ip(host, "link delete same0")
-        make()
-        await changes.until(lambda facts: facts == before)
+        make()  # the loop has not run meanwhile
+        await changes.until(bool)
+        assert changes.facts[0] == before
 
     with_monitor(lab, host, body)
+
+
+def test_a_monitor_leaves_no_descriptor_and_no_task(lab: Lab, host: Namespace) -> None:
+    async def session() -> None:
+        before = sorted(Path("/proc/self/fd").iterdir())
+        async with LinkMonitor(Changes()):
+            lab.ip(host, "link set eth0 mtu 1600")
+            assert receive_queues("eth0") == 1
+        assert sorted(Path("/proc/self/fd").iterdir()) == before
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    with lab.inside(host):
+        asyncio.run(session())
 
 
 def test_a_burst_of_changes_makes_few_reports_and_the_last_is_true(lab: Lab, host: Namespace) -> None:
