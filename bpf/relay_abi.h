@@ -14,7 +14,7 @@
 /* Bumped whenever a struct, a limit or the meaning of a field changes: pinned state of another
  * version is refused, never guessed at. */
 enum mcr_version {
-	MCR_ABI_VERSION = 1,
+	MCR_ABI_VERSION = 2,
 };
 
 enum mcr_limit {
@@ -24,6 +24,8 @@ enum mcr_limit {
 	MCR_MAX_WORKERS = 64, /* worker slots of one instance */
 	MCR_MAX_QUEUES = 64,  /* receive queues that one worker can drain */
 	MCR_MAX_XSKS = 4096,  /* AF_XDP sockets of one instance: every queue of every worker */
+	MCR_MAX_FRAGMENTED = 16384, /* datagrams whose later fragments are awaited */
+	MCR_MAX_EGRESS = 1024,	    /* interfaces whose redirect losses are counted */
 	MCR_MAX_VLAN_TAGS = 2,
 	MCR_MAX_IPV6_EXTENSIONS = 6,
 };
@@ -37,7 +39,9 @@ enum mcr_drop_reason {
 	MCR_DROP_NO_WORKER = 4,	   /* no AF_XDP socket serves the receive queue */
 	MCR_DROP_NO_METADATA = 5,  /* the driver left no room for metadata */
 	MCR_DROP_UNKNOWN_RULE = 6, /* the worker no longer knows the rule */
-	MCR_DROP_REASONS = 7,
+	MCR_DROP_NO_OUTPUT = 7,	   /* kernel path: no output is in place */
+	MCR_DROP_BAD_CHECKSUM = 8, /* kernel path: the UDP checksum cannot be completed */
+	MCR_DROP_REASONS = 9,
 };
 
 /* Why a relayed packet was not sent by one output. */
@@ -76,14 +80,72 @@ struct mcr_rule_key {
 	__u8 saddr[16];
 };
 
+/* How a rule's packets travel. */
+enum mcr_rule_flag {
+	MCR_RULE_KERNEL = 1,  /* the kernel path; else the worker path */
+	MCR_RULE_GENERIC = 2, /* the program runs in generic mode, where checksums may be partial */
+};
+
 struct mcr_rule_value {
 	__u32 rule_id;
-	__u32 xsk_base;	   /* the AF_XDP socket is xsk_base + receive queue */
-	__u32 frame_limit; /* the longest frame, in bytes from the Ethernet header, to take */
+	__u32 xsk_base;	    /* worker path: the AF_XDP socket is xsk_base + receive queue */
+	__u32 frame_limit;  /* the longest frame, in bytes from the Ethernet header, to take */
+	__u32 flags;	    /* enum mcr_rule_flag */
+	__u32 output_id;    /* kernel path: the only output, or 0 where there are several */
+	__u32 smallest_mtu; /* kernel path: of all the outputs' interfaces, bytes */
+	__u32 partial_seen; /* written by XDP: a sender on this host leaves checksums to the device */
 	__u32 reserved;
 };
 
-/* Written by XDP in front of the frame; the worker reads it and no header. */
+/* What the kernel path makes of a packet for one output; the index is the output_id. */
+struct mcr_kernel_output {
+	__u32 ifindex; /* of the egress interface, 0 where there is no such output */
+	__u32 mtu;     /* of the egress interface, bytes */
+	__u16 flags;   /* enum mcr_output_flag */
+	__u16 dport;
+	__u16 vlan; /* the tag to push, or 0 */
+	__u8 ttl;
+	__u8 dscp;
+	__u8 mac_destination[6];
+	__u8 mac_source[6];
+	__u8 saddr[16];
+	__u8 daddr[16];
+};
+
+/* The outputs of a kernel-path rule; the index is the rule_id. */
+struct mcr_rule_outputs {
+	__u32 count;
+	__u32 output_ids[MCR_MAX_OUTPUTS_PER_RULE];
+};
+
+/* Which output of a rule leaves by an interface: a devmap program is told only the interface. */
+struct mcr_egress_key {
+	__u32 rule_id;
+	__u32 ifindex;
+};
+
+/* A fragmented datagram (RFC 791, RFC 8200 section 4.5). The value is its destination port. */
+struct mcr_fragment_key {
+	__u32 ifindex;
+	__u16 vlan;
+	__u16 vlan_outer;
+	__u32 identification;
+	__u8 saddr[16];
+	__u8 daddr[16];
+};
+
+/* What the kernel lost of redirected frames on one egress interface; the key is its ifindex. */
+struct mcr_redirect_losses {
+	__u64 dropped;	  /* frames that the device did not take, and those below */
+	__u64 by_program; /* frames that the egress program dropped, each with its own reason */
+};
+
+enum mcr_metadata_flag {
+	MCR_METADATA_LATER_FRAGMENT = 1, /* no UDP header follows the IP header */
+	MCR_METADATA_PARTIAL = 2,	 /* the UDP checksum covers the pseudo header only, the device does the rest */
+};
+
+/* Written by XDP in front of the frame; the worker, and the egress program, read it and not the headers. */
 struct mcr_metadata {
 	__u64 rx_time_ns; /* CLOCK_MONOTONIC at the XDP hook */
 	__u32 rule_id;
@@ -93,7 +155,7 @@ struct mcr_metadata {
 	__u16 dport;
 	__u8 ttl; /* or hop limit */
 	__u8 tos; /* or traffic class: DSCP and ECN */
-	__u16 reserved;
+	__u16 flags; /* enum mcr_metadata_flag */
 };
 
 /* Kept by XDP, one copy for each CPU. */
@@ -101,7 +163,16 @@ struct mcr_rule_stats {
 	__u64 packets; /* that matched the rule; bytes counts their UDP payload */
 	__u64 bytes;
 	__u64 last_seen_ns; /* CLOCK_MONOTONIC */
+	__u64 relayed_packets; /* by the kernel path */
+	__u64 relayed_bytes;
 	__u64 dropped[MCR_DROP_REASONS];
+};
+
+/* Kept by the kernel path, one copy for each CPU; the index is the output_id. */
+struct mcr_output_stats {
+	__u64 sent_packets;
+	__u64 sent_bytes;
+	__u64 dropped[MCR_OUTPUT_DROP_REASONS];
 };
 
 /* Kept by a worker; the index is the rule_id. `received` is the AF_PACKET ingress's own count,
@@ -227,11 +298,13 @@ struct mcr_reply {
 _Static_assert(MCR_MAX_XSKS == MCR_MAX_WORKERS * MCR_MAX_QUEUES, "every queue has its slot");
 _Static_assert(sizeof(struct mcr_settings) == 8, "struct mcr_settings");
 _Static_assert(sizeof(struct mcr_rule_key) == 44, "struct mcr_rule_key");
-_Static_assert(sizeof(struct mcr_rule_value) == 16, "struct mcr_rule_value");
+_Static_assert(sizeof(struct mcr_rule_value) == 32, "struct mcr_rule_value");
+_Static_assert(sizeof(struct mcr_kernel_output) == 60, "struct mcr_kernel_output");
+_Static_assert(sizeof(struct mcr_fragment_key) == 44, "struct mcr_fragment_key");
 _Static_assert(sizeof(struct mcr_metadata) == 24,
 	       "struct mcr_metadata: at most 32 on kernel 6.1, a multiple of 4");
-_Static_assert(sizeof(struct mcr_rule_stats) == 80, "struct mcr_rule_stats");
-_Static_assert(sizeof(struct mcr_rule_counters) == 96, "struct mcr_rule_counters");
+_Static_assert(sizeof(struct mcr_rule_stats) == 112, "struct mcr_rule_stats");
+_Static_assert(sizeof(struct mcr_rule_counters) == 112, "struct mcr_rule_counters");
 _Static_assert(sizeof(struct mcr_output_counters) == 80, "struct mcr_output_counters");
 _Static_assert(sizeof(struct mcr_worker_counters) == 80, "struct mcr_worker_counters");
 _Static_assert(sizeof(struct mcr_command) == 320, "struct mcr_command");

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 /*
  * Every map and every BPF program of MCR. A packet's way through this file is its order: parse, find
- * the rule, check, leave metadata for the worker, redirect to the AF_XDP socket of the receive queue.
+ * the rule, check; then either the worker path (leave metadata, redirect to the AF_XDP socket of the
+ * receive queue) or the kernel path (rewrite and redirect, or clone to all and rewrite each clone).
  *
  * A packet that no rule wants is passed to the stack, byte for byte untouched. A packet that a rule
  * wants is never passed: it is redirected, or dropped and counted with exactly one reason.
@@ -11,6 +12,7 @@
 #include <uapi/linux/bpf.h>
 #include "relay_abi.h"
 #include "relay_parse.h"
+#include "relay_rewrite.h"
 
 /* What to relay: an input stream and its rule. */
 BPF_TABLE("hash", struct mcr_rule_key, struct mcr_rule_value, rules, MCR_MAX_RULES);
@@ -24,6 +26,27 @@ BPF_TABLE("percpu_array", u32, struct mcr_rule_stats, rule_stats, MCR_MAX_RULES)
 BPF_F_TABLE("array", u32, struct mcr_rule_counters, rule_counters, MCR_MAX_RULES, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct mcr_output_counters, output_counters, MCR_MAX_OUTPUTS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct mcr_worker_counters, worker_counters, MCR_MAX_WORKERS, BPF_F_MMAPABLE);
+/* Kernel path: what each output makes of a packet. */
+BPF_TABLE("array", u32, struct mcr_kernel_output, kernel_outputs, MCR_MAX_OUTPUTS);
+/* Kernel path: the outputs of a rule, its output by egress interface, and its devices, each map by itself. */
+BPF_TABLE("array", u32, struct mcr_rule_outputs, rule_outputs, MCR_MAX_RULES);
+BPF_TABLE("hash", struct mcr_egress_key, u32, egress_outputs, MCR_MAX_OUTPUTS);
+BPF_TABLE("devmap", u32, struct bpf_devmap_val, fan_out_shape, MCR_MAX_OUTPUTS_PER_RULE);
+BPF_ARRAY_OF_MAPS(fan_outs, "fan_out_shape", MCR_MAX_RULES);
+/* What the kernel path counts for each output; the index is the output_id. */
+BPF_TABLE("percpu_array", u32, struct mcr_output_stats, output_stats, MCR_MAX_OUTPUTS);
+/* Where the later fragments of a datagram belong. */
+BPF_TABLE("lru_hash", struct mcr_fragment_key, u16, fragments, MCR_MAX_FRAGMENTED);
+/* What redirecting lost, by egress interface; user space makes the entries. */
+BPF_TABLE("hash", u32, struct mcr_redirect_losses, redirect_losses, MCR_MAX_EGRESS);
+
+struct checksum_scratch {
+	u8 bytes[MCR_CHECKSUM_CHUNK];
+};
+BPF_TABLE("percpu_array", u32, struct checksum_scratch, scratch, 1);
+
+/* BCC's own redirect_map() wants the map's name; this takes a map that was looked up. */
+static long (*redirect_to)(void *map, u64 key, u64 flags) = (void *)BPF_FUNC_redirect_map;
 
 /* Lookups that no rule needs are skipped: the usual packet costs one. */
 static __always_inline struct mcr_rule_value *find_rule(const struct mcr_packet *packet)
@@ -68,17 +91,27 @@ static __always_inline int drop(struct mcr_rule_stats *stats, u32 reason)
 	return XDP_DROP;
 }
 
-/* bpf_xdp_adjust_meta invalidates every packet pointer; none is used after it but the new ones. */
-static __always_inline int leave_metadata(struct xdp_md *ctx, const struct mcr_packet *packet, u32 rule_id,
-					  u64 now_ns)
+static __always_inline void drop_output(u32 output_id, u32 reason)
 {
-	struct mcr_metadata *metadata;
+	struct mcr_output_stats *stats = output_stats.lookup(&output_id);
 
-	if (bpf_xdp_adjust_meta(ctx, -(int)sizeof(*metadata)))
-		return -1;
-	metadata = (void *)(long)ctx->data_meta;
-	if ((void *)(metadata + 1) > (void *)(long)ctx->data)
-		return -1;
+	if (stats && reason < MCR_OUTPUT_DROP_REASONS)
+		stats->dropped[reason]++;
+}
+
+static __always_inline void count_sent(u32 output_id, u16 payload_length)
+{
+	struct mcr_output_stats *stats = output_stats.lookup(&output_id);
+
+	if (!stats)
+		return;
+	stats->sent_packets++;
+	stats->sent_bytes += payload_length;
+}
+
+static __always_inline void fill_metadata(struct mcr_metadata *metadata, const struct mcr_packet *packet,
+					  u32 rule_id, u16 flags, u64 now_ns)
+{
 	metadata->rx_time_ns = now_ns;
 	metadata->rule_id = rule_id;
 	metadata->payload_offset = packet->payload_offset;
@@ -87,7 +120,321 @@ static __always_inline int leave_metadata(struct xdp_md *ctx, const struct mcr_p
 	metadata->dport = packet->key.dport;
 	metadata->ttl = packet->ttl;
 	metadata->tos = packet->tos;
-	metadata->reserved = 0;
+	metadata->flags = flags;
+}
+
+/* bpf_xdp_adjust_meta invalidates every packet pointer; none is used after it but the new ones. */
+static __always_inline int leave_metadata(struct xdp_md *ctx, const struct mcr_metadata *values)
+{
+	struct mcr_metadata *metadata;
+
+	if (bpf_xdp_adjust_meta(ctx, -(int)sizeof(*metadata)))
+		return -1;
+	metadata = (void *)(long)ctx->data_meta;
+	if ((void *)(metadata + 1) > (void *)(long)ctx->data)
+		return -1;
+	*metadata = *values;
+	return 0;
+}
+
+/* --- the worker path */
+
+static __always_inline int relay_to_worker(struct xdp_md *ctx, struct mcr_rule_stats *stats, u32 xsk,
+					   const struct mcr_metadata *metadata)
+{
+	int action;
+
+	if (leave_metadata(ctx, metadata))
+		return drop(stats, MCR_DROP_NO_METADATA);
+	action = xsks.redirect_map(xsk, XDP_DROP); /* XDP_DROP comes back when the map has no socket there */
+	if (action != XDP_REDIRECT)
+		return drop(stats, MCR_DROP_NO_WORKER);
+	return action;
+}
+
+/* --- the kernel path */
+
+/*
+ * The plain sum of the pseudo header, which is what a sender on this host leaves in the checksum field for
+ * the device to complete (CHECKSUM_PARTIAL in the kernel's include/linux/skbuff.h).
+ */
+static __always_inline u16 pseudo_sum(const struct mcr_packet *packet, u8 *ip, u8 *udp, bool ipv6)
+{
+	u16 addresses = ipv6 ? mcr_sum(ip + 8, 16) : mcr_sum(ip + 12, 4);
+	u16 length = *(u16 *)(udp + 4);
+
+	return mcr_fold((u32)addresses + length + __builtin_bswap16(MCR_PROTOCOL_UDP));
+}
+
+/* The sum over the UDP header, as it is, and payload; in chunks, because of bpf_csum_diff's limit. */
+static __always_inline int sum_datagram(struct xdp_md *ctx, u32 offset, u32 length, u16 *result)
+{
+	struct checksum_scratch *chunk;
+	u32 zero = 0;
+	s64 sum = 0;
+
+	chunk = scratch.lookup(&zero);
+	if (!chunk)
+		return -1;
+	for (int i = 0; i < MCR_CHECKSUM_CHUNKS; i++) {
+		u32 size = length;
+
+		if (!length)
+			break;
+		if (size > MCR_CHECKSUM_CHUNK)
+			size = MCR_CHECKSUM_CHUNK;
+		if (size < MCR_CHECKSUM_CHUNK)
+			__builtin_memset(chunk->bytes, 0, sizeof(chunk->bytes));
+		if (size < 1 || size > MCR_CHECKSUM_CHUNK || bpf_xdp_load_bytes(ctx, offset, chunk->bytes, size))
+			return -1;
+		sum = bpf_csum_diff(0, 0, (__be32 *)chunk->bytes, MCR_CHECKSUM_CHUNK, mcr_fold(sum));
+		if (sum < 0)
+			return -1;
+		offset += size;
+		length -= size;
+	}
+	*result = mcr_fold(sum);
+	return length ? -1 : 0;
+}
+
+/*
+ * A checksum field that equals the pseudo header's sum is partial, or by a chance of 1 in 65536 complete. In
+ * native mode nobody will complete it, so it is completed here, which is right in both cases. In generic
+ * mode the stack will complete a partial one: then, and only then, it is left and told by *flags.
+ */
+static __always_inline int settle_checksum(struct xdp_md *ctx, const struct mcr_packet *packet,
+					   struct mcr_rule_value *rule, u16 *flags)
+{
+	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
+	u32 ip_offset = packet->ip_offset, udp_offset = packet->payload_offset - MCR_UDP_LENGTH;
+	u16 sum, complete, pseudo, field;
+	u8 *ip, *udp;
+	bool ipv6;
+
+	if (ip_offset > MCR_MAX_IP_OFFSET || udp_offset > 0x7fff)
+		return -1;
+	ip = data + ip_offset;
+	udp = data + udp_offset;
+	if ((void *)(ip + MCR_IPV6_LENGTH) > data_end || (void *)(udp + MCR_UDP_LENGTH) > data_end)
+		return 0; /* shorter than both headers' least: an IPv4 packet that holds next to nothing */
+	ipv6 = *ip >> 4 == 6;
+	field = *(u16 *)(udp + 6);
+	pseudo = pseudo_sum(packet, ip, udp, ipv6);
+	if (field != pseudo || packet->drop_reason == MCR_DROP_FRAGMENT)
+		return 0;
+	if (sum_datagram(ctx, udp_offset, packet->payload_length + MCR_UDP_LENGTH, &sum))
+		return -1;
+	/* sum holds the field itself, which is the pseudo header's sum: so nothing is missing in it. */
+	complete = (u16)~sum;
+	if (!complete)
+		complete = 0xffff;
+	if (rule->flags & MCR_RULE_GENERIC) {
+		if (complete != field)
+			rule->partial_seen = 1;
+		if (rule->partial_seen)
+			*flags |= MCR_METADATA_PARTIAL;
+		return 0;
+	}
+	data = (void *)(long)ctx->data;
+	data_end = (void *)(long)ctx->data_end;
+	udp = data + udp_offset;
+	if ((void *)(udp + MCR_UDP_LENGTH) > data_end)
+		return -1;
+	*(u16 *)(udp + 6) = complete;
+	return 0;
+}
+
+/* Rewrites the frame for an output, whose Ethernet header may be longer or shorter than the one it came with. */
+static __always_inline int rewrite(struct xdp_md *ctx, const struct mcr_metadata *metadata,
+				   const struct mcr_kernel_output *output)
+{
+	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
+	int grow = MCR_ETHERNET_LENGTH + (output->vlan ? MCR_VLAN_LENGTH : 0) - metadata->ip_offset;
+	bool ipv6;
+	u8 *ip;
+
+	if (metadata->ip_offset > MCR_MAX_IP_OFFSET)
+		return -1;
+	ip = data + metadata->ip_offset;
+	if ((void *)(ip + 1) > data_end)
+		return -1;
+	ipv6 = *ip >> 4 == 6;
+	if (mcr_rewrite_ip(data, data_end, metadata, output) != MCR_REWRITTEN)
+		return -1;
+	if (grow && bpf_xdp_adjust_head(ctx, -grow))
+		return -1;
+	data = (void *)(long)ctx->data;
+	data_end = (void *)(long)ctx->data_end;
+	return mcr_rewrite_ethernet(data, data_end, output, ipv6) == MCR_REWRITTEN ? 0 : -1;
+}
+
+/* The usual rule has one output: no clone, no second program. */
+static __always_inline int relay_to_one(struct xdp_md *ctx, struct mcr_rule_stats *stats, u32 output_id,
+					const struct mcr_packet *packet, const struct mcr_metadata *metadata)
+{
+	struct mcr_kernel_output *output = kernel_outputs.lookup(&output_id);
+	int reason;
+
+	if (!output || !output->ifindex)
+		return drop(stats, MCR_DROP_NO_OUTPUT);
+	stats->relayed_packets++;
+	stats->relayed_bytes += packet->payload_length;
+	reason = mcr_admit(output, packet->ttl, packet->ip_length);
+	if (reason == MCR_REWRITTEN && rewrite(ctx, metadata, output))
+		reason = MCR_OUTPUT_DROP_SEND_ERROR;
+	if (reason != MCR_REWRITTEN) {
+		drop_output(output_id, reason);
+		return XDP_DROP;
+	}
+	count_sent(output_id, packet->payload_length);
+	return bpf_redirect(output->ifindex, 0);
+}
+
+/*
+ * The kernel leaves out, without a word, every device whose MTU the frame exceeds by more than its slack for
+ * a VLAN tag. Those outputs' drops are counted here; the egress program counts the rest.
+ */
+static __always_inline void count_left_out(u32 rule_id, u32 frame_length)
+{
+	struct mcr_rule_outputs *all = rule_outputs.lookup(&rule_id);
+
+	if (!all)
+		return;
+	for (int i = 0; i < MCR_MAX_OUTPUTS_PER_RULE; i++) {
+		struct mcr_kernel_output *output;
+		u32 output_id;
+
+		if (i >= all->count)
+			break;
+		output_id = all->output_ids[i];
+		output = kernel_outputs.lookup(&output_id);
+		if (output && frame_length > output->mtu + MCR_ETHERNET_LENGTH + MCR_VLAN_LENGTH)
+			drop_output(output_id, MCR_OUTPUT_DROP_TOO_LARGE);
+	}
+}
+
+static __always_inline int relay_to_many(struct xdp_md *ctx, struct mcr_rule_stats *stats,
+					 struct mcr_rule_value *rule, u32 frame_length,
+					 const struct mcr_metadata *metadata)
+{
+	u32 rule_id = metadata->rule_id;
+	void *devices = fan_outs.lookup(&rule_id);
+	int action;
+
+	if (!devices)
+		return drop(stats, MCR_DROP_NO_OUTPUT);
+	if (leave_metadata(ctx, metadata))
+		return drop(stats, MCR_DROP_NO_METADATA);
+	stats->relayed_packets++;
+	stats->relayed_bytes += metadata->payload_length;
+	if (frame_length > rule->smallest_mtu + MCR_ETHERNET_LENGTH + MCR_VLAN_LENGTH)
+		count_left_out(rule_id, frame_length);
+	action = redirect_to(devices, 0, BPF_F_BROADCAST);
+	return action;
+}
+
+static __always_inline int relay_in_kernel(struct xdp_md *ctx, struct mcr_rule_stats *stats,
+					   struct mcr_rule_value *rule, const struct mcr_packet *packet,
+					   u32 frame_length, bool later_fragment)
+{
+	struct mcr_metadata metadata;
+	u16 flags = later_fragment ? MCR_METADATA_LATER_FRAGMENT : 0;
+
+	if (!later_fragment && settle_checksum(ctx, packet, rule, &flags))
+		return drop(stats, MCR_DROP_BAD_CHECKSUM);
+	fill_metadata(&metadata, packet, rule->rule_id, flags, stats->last_seen_ns);
+	if (rule->output_id)
+		return relay_to_one(ctx, stats, rule->output_id, packet, &metadata);
+	return relay_to_many(ctx, stats, rule, frame_length, &metadata);
+}
+
+/* Runs on each clone, on its way out of one device. */
+int mcr_egress(struct xdp_md *ctx)
+{
+	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
+	struct mcr_metadata *left = (void *)(long)ctx->data_meta, metadata;
+	struct mcr_redirect_losses *losses;
+	struct mcr_kernel_output *output;
+	struct mcr_egress_key key = {};
+	u32 output_id, *found, ifindex = ctx->egress_ifindex;
+	int reason = MCR_OUTPUT_DROP_SEND_ERROR;
+	u8 *ip;
+
+	if ((void *)(left + 1) > data)
+		return XDP_DROP; /* not redirected by us */
+	metadata = *left;
+	key.rule_id = metadata.rule_id;
+	key.ifindex = ifindex;
+	found = egress_outputs.lookup(&key);
+	if (!found)
+		return XDP_DROP;
+	output_id = *found;
+	output = kernel_outputs.lookup(&output_id);
+	if (!output)
+		return XDP_DROP;
+	if (metadata.ip_offset > MCR_MAX_IP_OFFSET)
+		return XDP_DROP;
+	/* The next device must not take our metadata for its own. */
+	if (!bpf_xdp_adjust_meta(ctx, sizeof(metadata))) {
+		u32 ip_length = bpf_xdp_get_buff_len(ctx) - metadata.ip_offset;
+
+		reason = mcr_admit(output, metadata.ttl, ip_length);
+		if (reason == MCR_REWRITTEN && rewrite(ctx, &metadata, output))
+			reason = MCR_OUTPUT_DROP_SEND_ERROR;
+	}
+	if (reason == MCR_REWRITTEN) {
+		count_sent(output_id, metadata.payload_length);
+		return XDP_PASS; /* in a devmap program: send */
+	}
+	drop_output(output_id, reason);
+	losses = redirect_losses.lookup(&ifindex);
+	if (losses)
+		__sync_fetch_and_add(&losses->by_program, 1);
+	return XDP_DROP;
+}
+
+/*
+ * The kernel's own word on what became of a bulk of redirected frames: raw tracepoint xdp_devmap_xmit, with
+ * arguments from_dev, to_dev, sent, drops, err. MCR_IFINDEX_OFFSET comes from the running kernel's BTF.
+ */
+int mcr_devmap_xmit(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct mcr_redirect_losses *losses;
+	int drops = (int)ctx->args[3];
+	u32 ifindex = 0;
+
+	if (drops <= 0)
+		return 0;
+	if (bpf_probe_read_kernel(&ifindex, sizeof(ifindex), (void *)(ctx->args[1] + MCR_IFINDEX_OFFSET)))
+		return 0;
+	losses = redirect_losses.lookup(&ifindex);
+	if (losses)
+		__sync_fetch_and_add(&losses->dropped, drops);
+	return 0;
+}
+
+/* --- the way in */
+
+/* Only the first fragment of a datagram names its port: later ones find it by the datagram's own name. */
+static __always_inline int follow_fragments(struct mcr_packet *packet, bool later)
+{
+	struct mcr_fragment_key key = {};
+	u16 *dport;
+
+	key.ifindex = packet->key.ifindex;
+	key.vlan = packet->key.vlan;
+	key.vlan_outer = packet->key.vlan_outer;
+	key.identification = packet->identification;
+	__builtin_memcpy(key.saddr, packet->key.saddr, 16);
+	__builtin_memcpy(key.daddr, packet->key.daddr, 16);
+	if (!later) {
+		fragments.update(&key, &packet->key.dport);
+		return 0;
+	}
+	dport = fragments.lookup(&key);
+	if (!dport)
+		return -1;
+	packet->key.dport = *dport;
 	return 0;
 }
 
@@ -96,15 +443,21 @@ int mcr_relay(struct xdp_md *ctx)
 	void *data = (void *)(long)ctx->data;
 	void *data_end = (void *)(long)ctx->data_end;
 	u32 frame_length = bpf_xdp_get_buff_len(ctx);
+	struct mcr_metadata metadata;
 	struct mcr_rule_stats *stats;
 	struct mcr_rule_value *rule;
 	struct mcr_packet packet;
-	u32 rule_id, xsk;
-	int action;
+	bool later_fragment;
+	u32 rule_id;
+	int parsed;
 
-	if (!mcr_parse(data, data_end, frame_length, 0, &packet))
+	parsed = mcr_parse(data, data_end, frame_length, 0, &packet);
+	if (parsed == MCR_PARSED_OTHER)
 		return XDP_PASS; /* not UDP, or cut off before its ports: no rule can name it */
 	packet.key.ifindex = ctx->ingress_ifindex;
+	later_fragment = parsed == MCR_PARSED_LATER_FRAGMENT;
+	if (later_fragment && follow_fragments(&packet, true))
+		return XDP_PASS; /* its first fragment was not ours, or is yet to come */
 	rule = find_rule(&packet);
 	if (!rule)
 		return XDP_PASS;
@@ -115,16 +468,15 @@ int mcr_relay(struct xdp_md *ctx)
 	stats->packets++;
 	stats->bytes += packet.payload_length;
 	stats->last_seen_ns = bpf_ktime_get_ns();
-	if (packet.drop_reason != MCR_NO_DROP)
+	if (packet.drop_reason == MCR_DROP_FRAGMENT && !later_fragment)
+		follow_fragments(&packet, false);
+	if (packet.drop_reason != MCR_NO_DROP &&
+	    !(packet.drop_reason == MCR_DROP_FRAGMENT && rule->flags & MCR_RULE_KERNEL))
 		return drop(stats, packet.drop_reason);
 	if (frame_length > rule->frame_limit)
-		return drop(stats,
-			    MCR_DROP_OVERSIZE); /* merged by GRO, or too long for a frame of the pool */
-	xsk = rule->xsk_base + ctx->rx_queue_index;
-	if (leave_metadata(ctx, &packet, rule_id, stats->last_seen_ns))
-		return drop(stats, MCR_DROP_NO_METADATA);
-	action = xsks.redirect_map(xsk, XDP_DROP); /* XDP_DROP comes back when the map has no socket there */
-	if (action != XDP_REDIRECT)
-		return drop(stats, MCR_DROP_NO_WORKER);
-	return action;
+		return drop(stats, MCR_DROP_OVERSIZE); /* merged by GRO, or too long for a frame of the pool */
+	if (rule->flags & MCR_RULE_KERNEL)
+		return relay_in_kernel(ctx, stats, rule, &packet, frame_length, later_fragment);
+	fill_metadata(&metadata, &packet, rule_id, 0, stats->last_seen_ns);
+	return relay_to_worker(ctx, stats, rule->xsk_base + ctx->rx_queue_index, &metadata);
 }

@@ -29,7 +29,14 @@ enum {
 
 enum { MCR_NO_DROP = -1 };
 
-/* What a frame holds. The key lacks the ifindex, which the frame does not tell. */
+/* What mcr_parse found. */
+enum mcr_parsed {
+	MCR_PARSED_OTHER = 0,	       /* nothing that a rule can match */
+	MCR_PARSED_UDP = 1,	       /* a UDP header */
+	MCR_PARSED_LATER_FRAGMENT = 2, /* of a UDP datagram; its ports were in the first one */
+};
+
+/* What a frame holds. The key lacks the ifindex, which the frame does not tell, and a later fragment's the port. */
 struct mcr_packet {
 	struct mcr_rule_key key;
 	__s32 drop_reason; /* enum mcr_drop_reason, or MCR_NO_DROP */
@@ -38,6 +45,8 @@ struct mcr_packet {
 	__u16 payload_length;
 	__u8 ttl;
 	__u8 tos;
+	__u32 identification; /* of a fragment */
+	__u16 ip_length;      /* header and all */
 };
 
 static __always_inline __u16 mcr_load_u16(const void *from)
@@ -68,7 +77,7 @@ static __always_inline void mcr_map_ipv4(__u8 mapped[16], const void *address)
 
 /*
  * The UDP header, which must lie within the ip_end - cursor bytes that IP claims and within the data.
- * Returns 1 if there is one (packet->drop_reason may still say why it can't be relayed), 0 if not.
+ * packet->drop_reason may still say why it can't be relayed.
  */
 static __always_inline int mcr_parse_udp(void *data, void *data_end, void *cursor, __u32 frame_length,
 					 __u32 ip_end, int fragment, struct mcr_packet *packet)
@@ -78,19 +87,34 @@ static __always_inline int mcr_parse_udp(void *data, void *data_end, void *curso
 	__u16 length;
 
 	if ((void *)(udp + MCR_UDP_LENGTH) > data_end || ip_end < offset + MCR_UDP_LENGTH)
-		return 0;
+		return MCR_PARSED_OTHER;
 	packet->key.dport = mcr_load_u16(udp + 2);
 	packet->payload_offset = offset + MCR_UDP_LENGTH;
 	length = mcr_load_u16(udp + 4);
-	if (fragment)
-		packet->drop_reason = MCR_DROP_FRAGMENT;
-	else if (ip_end > frame_length)
+	packet->payload_length = ip_end - packet->payload_offset; /* unless UDP says that it is less */
+	if (ip_end > frame_length)
 		packet->drop_reason = MCR_DROP_TRUNCATED;
+	else if (fragment)
+		packet->drop_reason = MCR_DROP_FRAGMENT;
 	else if (length < MCR_UDP_LENGTH || length > ip_end - offset)
 		packet->drop_reason = MCR_DROP_BAD_LENGTH;
 	else
 		packet->payload_length = length - MCR_UDP_LENGTH;
-	return 1;
+	if (packet->drop_reason == MCR_DROP_TRUNCATED || packet->drop_reason == MCR_DROP_BAD_LENGTH)
+		packet->payload_length = 0; /* nobody knows */
+	return MCR_PARSED_UDP;
+}
+
+/* The part of a datagram between offset and ip_end. */
+static __always_inline int mcr_later_fragment(struct mcr_packet *packet, __u32 offset, __u32 ip_end,
+					      __u32 frame_length)
+{
+	if (ip_end < offset)
+		return MCR_PARSED_OTHER;
+	packet->drop_reason = ip_end > frame_length ? MCR_DROP_TRUNCATED : MCR_DROP_FRAGMENT;
+	packet->payload_offset = offset;
+	packet->payload_length = ip_end - offset;
+	return MCR_PARSED_LATER_FRAGMENT;
 }
 
 /* RFC 791. */
@@ -102,18 +126,21 @@ static __always_inline int mcr_parse_ipv4(void *data, void *data_end, void *curs
 	__u16 fragment;
 
 	if ((void *)(ip + 20) > data_end || ip[0] >> 4 != 4)
-		return 0;
+		return MCR_PARSED_OTHER;
 	header_length = (ip[0] & 0x0f) * 4;
 	total_length = mcr_load_u16(ip + 2);
 	if (header_length < 20 || ip[9] != MCR_PROTOCOL_UDP)
-		return 0;
+		return MCR_PARSED_OTHER;
 	fragment = mcr_load_u16(ip + 6);
-	if (fragment & 0x1fff)
-		return 0; /* a later fragment: it names no port, so no rule can match it */
+	packet->ip_length = total_length;
+	packet->identification = mcr_load_u16(ip + 4);
 	packet->tos = ip[1];
 	packet->ttl = ip[8];
 	mcr_map_ipv4(packet->key.saddr, ip + 12);
 	mcr_map_ipv4(packet->key.daddr, ip + 16);
+	if (fragment & 0x1fff)
+		return mcr_later_fragment(packet, packet->ip_offset + header_length,
+					  packet->ip_offset + total_length, frame_length);
 	return mcr_parse_udp(data, data_end, ip + header_length, frame_length,
 			     packet->ip_offset + total_length, fragment & 0x2000, packet);
 }
@@ -128,13 +155,14 @@ static __always_inline int mcr_parse_ipv6(void *data, void *data_end, void *curs
 	int fragment = 0;
 
 	if ((void *)header > data_end || ip[0] >> 4 != 6)
-		return 0;
+		return MCR_PARSED_OTHER;
 	ip_end = packet->ip_offset + MCR_IPV6_LENGTH + mcr_load_u16(ip + 4);
 	packet->tos = mcr_load_u16(ip) >> 4;
 	packet->ttl = ip[7];
 	__builtin_memcpy(packet->key.saddr, ip + 8, 16);
 	__builtin_memcpy(packet->key.daddr, ip + 24, 16);
 	protocol = ip[6];
+	packet->ip_length = MCR_IPV6_LENGTH + mcr_load_u16(ip + 4);
 #pragma GCC unroll 8
 	for (int i = 0; i < MCR_MAX_IPV6_EXTENSIONS; i++) {
 		__u32 length;
@@ -142,33 +170,36 @@ static __always_inline int mcr_parse_ipv6(void *data, void *data_end, void *curs
 		if (protocol == MCR_PROTOCOL_UDP)
 			break;
 		if ((void *)(header + 8) > data_end)
-			return 0;
+			return MCR_PARSED_OTHER;
 		length = (header[1] + 1) * 8;
 		if (protocol == MCR_PROTOCOL_FRAGMENT) {
 			__u16 field = mcr_load_u16(header + 2);
 
+			packet->identification = (__u32)mcr_load_u16(header + 4) << 16 | mcr_load_u16(header + 6);
+			if (field & 0xfff8 && header[0] == MCR_PROTOCOL_UDP)
+				return mcr_later_fragment(packet, header + 8 - (__u8 *)data, ip_end, frame_length);
 			if (field & 0xfff8)
-				return 0; /* a later fragment, as above */
+				return MCR_PARSED_OTHER;
 			fragment = field & 1;
 			length = 8;
 		} else if (protocol == MCR_PROTOCOL_AUTHENTICATION) {
 			length = (header[1] + 2) * 4;
 		} else if (protocol != MCR_PROTOCOL_HOP_BY_HOP && protocol != MCR_PROTOCOL_ROUTING &&
 			   protocol != MCR_PROTOCOL_DESTINATION) {
-			return 0;
+			return MCR_PARSED_OTHER;
 		}
 		protocol = header[0];
 		header += length;
 	}
 	if (protocol != MCR_PROTOCOL_UDP)
-		return 0;
+		return MCR_PARSED_OTHER;
 	return mcr_parse_udp(data, data_end, header, frame_length, ip_end, fragment, packet);
 }
 
 /*
  * Parses the frame in [data, data_end) whose whole length is frame_length (more than data_end - data
  * when the driver hands over only its first buffer). tag is a VLAN tag that the device took out of the
- * frame, or 0. Returns 1 and fills *packet if the frame is UDP with readable ports, else 0.
+ * frame, or 0. Returns an enum mcr_parsed, and fills *packet unless that is MCR_PARSED_OTHER.
  */
 static __always_inline int mcr_parse(void *data, void *data_end, __u32 frame_length, __u16 tag,
 				     struct mcr_packet *packet)
@@ -180,7 +211,7 @@ static __always_inline int mcr_parse(void *data, void *data_end, __u32 frame_len
 	packet->drop_reason = MCR_NO_DROP;
 	mcr_enter_vlan(&packet->key, tag);
 	if ((void *)(cursor + 2) > data_end)
-		return 0;
+		return MCR_PARSED_OTHER;
 	ethertype = mcr_load_u16(cursor);
 	cursor += 2;
 #pragma GCC unroll 2
@@ -188,7 +219,7 @@ static __always_inline int mcr_parse(void *data, void *data_end, __u32 frame_len
 		if (ethertype != MCR_ETHERTYPE_VLAN && ethertype != MCR_ETHERTYPE_QINQ)
 			break;
 		if ((void *)(cursor + MCR_VLAN_LENGTH) > data_end)
-			return 0;
+			return MCR_PARSED_OTHER;
 		mcr_enter_vlan(&packet->key, mcr_load_u16(cursor));
 		ethertype = mcr_load_u16(cursor + 2);
 		cursor += MCR_VLAN_LENGTH;
@@ -198,7 +229,7 @@ static __always_inline int mcr_parse(void *data, void *data_end, __u32 frame_len
 		return mcr_parse_ipv4(data, data_end, cursor, frame_length, packet);
 	if (ethertype == MCR_ETHERTYPE_IPV6)
 		return mcr_parse_ipv6(data, data_end, cursor, frame_length, packet);
-	return 0;
+	return MCR_PARSED_OTHER;
 }
 
 /* The keys that may match a packet, most specific first; step 0 is (S,G,port). */

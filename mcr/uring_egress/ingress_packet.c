@@ -130,7 +130,7 @@ static uint32_t admit(struct worker *worker, uint8_t *data, uint32_t captured, u
 	struct mcr_rule_counters *counters;
 	uint32_t rule_id;
 
-	if (!mcr_parse(data, data + captured, length, tag, parsed))
+	if (mcr_parse(data, data + captured, length, tag, parsed) != MCR_PARSED_UDP)
 		return 0;
 	parsed->key.ifindex = worker->setup.ifindex;
 	rule_id = rules_find(worker, parsed);
