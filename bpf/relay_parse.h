@@ -66,6 +66,14 @@ static __always_inline void mcr_map_ipv4(__u8 mapped[16], const void *address)
 	__builtin_memcpy(mapped + 12, address, 4);
 }
 
+static __always_inline int mcr_is_mapped_ipv4(const __u8 address[16])
+{
+	for (int i = 0; i < 10; i++)
+		if (address[i])
+			return 0;
+	return address[10] == 0xff && address[11] == 0xff;
+}
+
 /*
  * The UDP header, which must lie within the ip_end - cursor bytes that IP claims and within the data.
  * Returns 1 if there is one (packet->drop_reason may still say why it can't be relayed), 0 if not.
@@ -80,6 +88,8 @@ static __always_inline int mcr_parse_udp(void *data, void *data_end, void *curso
 	if ((void *)(udp + MCR_UDP_LENGTH) > data_end || ip_end < offset + MCR_UDP_LENGTH)
 		return 0;
 	packet->key.dport = mcr_load_u16(udp + 2);
+	if (!packet->key.dport)
+		return 0; /* port 0 is reserved (RFC 768), and means any port in a key */
 	packet->payload_offset = offset + MCR_UDP_LENGTH;
 	length = mcr_load_u16(udp + 4);
 	if (fragment)
@@ -134,6 +144,8 @@ static __always_inline int mcr_parse_ipv6(void *data, void *data_end, void *curs
 	packet->ttl = ip[7];
 	__builtin_memcpy(packet->key.saddr, ip + 8, 16);
 	__builtin_memcpy(packet->key.daddr, ip + 24, 16);
+	if (mcr_is_mapped_ipv4(packet->key.daddr))
+		return 0; /* it would pass for IPv4 */
 	protocol = ip[6];
 #pragma GCC unroll 8
 	for (int i = 0; i < MCR_MAX_IPV6_EXTENSIONS; i++) {
@@ -149,7 +161,7 @@ static __always_inline int mcr_parse_ipv6(void *data, void *data_end, void *curs
 
 			if (field & 0xfff8)
 				return 0; /* a later fragment, as above */
-			fragment = field & 1;
+			fragment |= field & 1;
 			length = 8;
 		} else if (protocol == MCR_PROTOCOL_AUTHENTICATION) {
 			length = (header[1] + 2) * 4;
