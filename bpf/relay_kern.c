@@ -127,8 +127,9 @@ static __always_inline void fill_metadata(struct mcr_metadata *metadata, const s
 static __always_inline int leave_metadata(struct xdp_md *ctx, const struct mcr_metadata *values)
 {
 	struct mcr_metadata *metadata;
+	int before = (long)ctx->data - (long)ctx->data_meta; /* left by an XDP program of another device */
 
-	if (bpf_xdp_adjust_meta(ctx, -(int)sizeof(*metadata)))
+	if (bpf_xdp_adjust_meta(ctx, before - (int)sizeof(*metadata)))
 		return -1;
 	metadata = (void *)(long)ctx->data_meta;
 	if ((void *)(metadata + 1) > (void *)(long)ctx->data)

@@ -75,6 +75,14 @@ static __always_inline void mcr_map_ipv4(__u8 mapped[16], const void *address)
 	__builtin_memcpy(mapped + 12, address, 4);
 }
 
+static __always_inline int mcr_is_mapped_ipv4(const __u8 address[16])
+{
+	for (int i = 0; i < 10; i++)
+		if (address[i])
+			return 0;
+	return address[10] == 0xff && address[11] == 0xff;
+}
+
 /*
  * The UDP header, which must lie within the ip_end - cursor bytes that IP claims and within the data.
  * packet->drop_reason may still say why it can't be relayed.
@@ -89,6 +97,8 @@ static __always_inline int mcr_parse_udp(void *data, void *data_end, void *curso
 	if ((void *)(udp + MCR_UDP_LENGTH) > data_end || ip_end < offset + MCR_UDP_LENGTH)
 		return MCR_PARSED_OTHER;
 	packet->key.dport = mcr_load_u16(udp + 2);
+	if (!packet->key.dport)
+		return MCR_PARSED_OTHER; /* port 0 is reserved (RFC 768), and means any port in a key */
 	packet->payload_offset = offset + MCR_UDP_LENGTH;
 	length = mcr_load_u16(udp + 4);
 	packet->payload_length = ip_end - packet->payload_offset; /* unless UDP says that it is less */
@@ -161,6 +171,8 @@ static __always_inline int mcr_parse_ipv6(void *data, void *data_end, void *curs
 	packet->ttl = ip[7];
 	__builtin_memcpy(packet->key.saddr, ip + 8, 16);
 	__builtin_memcpy(packet->key.daddr, ip + 24, 16);
+	if (mcr_is_mapped_ipv4(packet->key.daddr))
+		return MCR_PARSED_OTHER; /* it would pass for IPv4 */
 	protocol = ip[6];
 	packet->ip_length = MCR_IPV6_LENGTH + mcr_load_u16(ip + 4);
 #pragma GCC unroll 8
@@ -180,7 +192,7 @@ static __always_inline int mcr_parse_ipv6(void *data, void *data_end, void *curs
 				return mcr_later_fragment(packet, header + 8 - (__u8 *)data, ip_end, frame_length);
 			if (field & 0xfff8)
 				return MCR_PARSED_OTHER;
-			fragment = field & 1;
+			fragment |= field & 1;
 			length = 8;
 		} else if (protocol == MCR_PROTOCOL_AUTHENTICATION) {
 			length = (header[1] + 2) * 4;

@@ -48,7 +48,6 @@ int mcr_program_name(uint32_t id, char name[16])
 	return status;
 }
 
-/* frame holds headroom bytes that the program may turn into metadata, then length bytes of packet. */
 int mcr_test_run(int prog_fd, void *frame, uint32_t length, uint32_t headroom, uint32_t ifindex,
 		 uint32_t queue, void *out, uint32_t out_size, uint32_t *out_length, uint32_t *meta_length,
 		 uint32_t *verdict)

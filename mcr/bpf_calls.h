@@ -15,7 +15,7 @@ int mcr_link_xdp(int prog_fd, int ifindex, int generic);
 /* The name of any loaded program. */
 int mcr_program_name(uint32_t id, char name[16]);
 
-/* BPF_PROG_TEST_RUN: frame holds headroom bytes that may become metadata, then length bytes of packet. */
+/* BPF_PROG_TEST_RUN: frame holds `headroom` bytes of metadata that is there already, then the packet. */
 int mcr_test_run(int prog_fd, void *frame, uint32_t length, uint32_t headroom, uint32_t ifindex,
 		 uint32_t queue, void *out, uint32_t out_size, uint32_t *out_length, uint32_t *meta_length,
 		 uint32_t *verdict);

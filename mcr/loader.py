@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ PROGRAM_NAME = "mcr_relay"
 COMPILE_TIMEOUT_S = 60
 VERIFIER_LOG_BYTES = 4 << 20
 BUSY_RETRY_S = 1.0
+COMPILE_BY_HAND = "mkdir /sys/fs/bpf/try && python3 -m mcr.loader /sys/fs/bpf/try"
 
 Mode = Literal["native", "generic"]
 
@@ -75,9 +77,7 @@ def _compile(source_dir: Path) -> tuple[dict[str, int], bytes]:
         descriptors = {name: int(module[name].map_fd) for name in MAP_NAMES}
         return descriptors, bytes(module.dump_func(PROGRAM_NAME))
     except Exception as error:  # BCC raises bare Exceptions; the compiler's own words are on stderr
-        raise McrError(
-            f"relay_kern.c does not compile: {error}", "see the compiler's messages above"
-        ) from error
+        raise McrError("relay_kern.c does not compile", f"see it whole: {COMPILE_BY_HAND}") from error
 
 
 def _verifier_words(log: str) -> str:
@@ -99,11 +99,7 @@ def _load(instructions: bytes) -> int:
     if fd >= 0:
         return fd
     if fd in (-errno.EPERM, -errno.EACCES) and not ffi.string(log):
-        raise McrError(
-            "not permitted to load BPF programs",
-            "run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON",
-            status=ExitStatus.NOT_PERMITTED,
-        )
+        raise _not_permitted_to_load()
     text = ffi.string(log).decode(errors="replace")
     sys.stderr.write(text[-8000:])
     raise McrError(
@@ -177,8 +173,10 @@ def load(instance: str) -> None:
         raise McrError(
             f"compiling took more than {COMPILE_TIMEOUT_S} s", "look at the machine's load"
         ) from error
+    except PermissionError as error:
+        raise _not_permitted_to_load() from error
     except OSError as error:
-        raise McrError(f"cannot write {staging}: {error.strerror}", "run as root") from error
+        raise McrError(f"cannot write {staging}: {error.strerror}", "see: ls -l /sys/fs/bpf/mcr") from error
     finally:
         _remove(staging)
 
@@ -191,11 +189,21 @@ def _child_error(child: subprocess.CompletedProcess[str]) -> McrError:
         words = child.stderr.strip().splitlines() or ["it said nothing"]
         return McrError(
             f"the BPF compiler died (exit status {child.returncode}): {words[-1]}",
-            "run it by hand: python3 -m mcr.loader /sys/fs/bpf/try",
+            f"see it whole: {COMPILE_BY_HAND}",
         )
+    if "Operation not permitted" in child.stderr:
+        return _not_permitted_to_load()
     complaints = [line.strip() for line in child.stderr.splitlines() if "error:" in line]
     cause = f"{error['cause']}: {complaints[0]}" if complaints else error["cause"]
     return McrError(cause, error["remedy"], status=ExitStatus(error["status"]))
+
+
+def _not_permitted_to_load() -> McrError:
+    return McrError(
+        "not permitted to load BPF programs",
+        "run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON",
+        status=ExitStatus.NOT_PERMITTED,
+    )
 
 
 def _remove(directory: Path) -> None:
@@ -264,7 +272,7 @@ def attach(program_fd: int, interface: str, ifindex: int, mode: Literal["auto", 
             return Link(status, wanted)
         if -status in (errno.EBUSY, errno.EEXIST, errno.EPERM, errno.ENODEV):
             break
-    raise _attach_error(interface, modes[-1], -status)
+    raise _attach_error(interface, ifindex, modes[-1], -status)
 
 
 def _link(program_fd: int, ifindex: int, mode: Mode) -> int:
@@ -277,7 +285,11 @@ def _link(program_fd: int, ifindex: int, mode: Mode) -> int:
         time.sleep(0.02)
 
 
-def _attach_error(interface: str, mode: Mode, code: int) -> McrError:
+def _attach_error(interface: str, ifindex: int, mode: Mode, code: int) -> McrError:
+    try:
+        socket.if_indextoname(ifindex)
+    except OSError:
+        return McrError(f"{interface} has just gone", "see which interfaces there are: ip link")
     if code in (errno.EBUSY, errno.EEXIST):
         from mcr.netlink import xdp_program
 

@@ -256,7 +256,7 @@ class Supervisor:
             await self._apply(self.state, quietly=True)
 
     async def _retry(self) -> None:
-        """What could not be attached is tried again: whatever was in its way may have gone without an event."""
+        """Tries again what could not be attached: what was in its way may have gone without an event."""
         while True:
             await asyncio.sleep(RETRY_INTERVAL_S)
             if any(each.pending and each.name in self.facts for each in self.attached.values()):

@@ -18,5 +18,7 @@ typedef __UINTPTR_TYPE__ uintptr_t;
 typedef _Bool bool;
 
 #define NULL ((void *)0)
+#define true 1
+#define false 0
 
 #endif

@@ -1,0 +1,189 @@
+"""The loaded XDP program as the kernel-level tests use it: rules in, one frame through it, counters out.
+
+Frames go through BPF_PROG_TEST_RUN, which runs the real program on the real maps and sends nothing. This
+module must never compute what a test expects.
+"""
+
+import mmap
+import os
+import socket
+import struct
+from dataclasses import dataclass, field, fields
+from enum import IntEnum
+from typing import Any, Self
+
+from mcr._bpf import ffi, lib
+
+from mcr.loader import open_pin
+from mcr.maps import Maps, RuleCounts, lookups_needed, rule_key
+from mcr.stream import Stream
+
+LARGEST_FRAME = 1 << 17
+FRAME_LIMIT = 1522
+# linux/if_xdp.h
+AF_XDP, SOL_XDP = 44, 283
+XDP_RX_RING, XDP_UMEM_REG, XDP_UMEM_FILL_RING, XDP_UMEM_COMPLETION_RING = 2, 4, 5, 6
+RING_SLOTS, FRAME_SIZE = 64, 4096
+
+
+class Verdict(IntEnum):
+    """enum xdp_action of linux/bpf.h."""
+
+    ABORTED = 0
+    DROP = 1
+    PASS = 2
+    TX = 3
+    REDIRECT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """`struct mcr_metadata`; the time takes no part in a comparison."""
+
+    rule_id: int
+    payload_offset: int
+    payload_length: int
+    ip_offset: int
+    dport: int
+    ttl: int
+    tos: int
+    reserved: int = 0
+    rx_time_ns: int = field(default=0, compare=False)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """What a worker reads: the struct that ends where the frame begins."""
+        size = ffi.sizeof("struct mcr_metadata")
+        assert len(data) >= size
+        metadata = ffi.new("struct mcr_metadata *")
+        ffi.memmove(metadata, data[-size:], size)
+        return cls(**{each.name: getattr(metadata, each.name) for each in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one frame; metadata is None where the program left none."""
+
+    verdict: Verdict
+    frame: bytes
+    metadata: Metadata | None
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What a rule has counted; dropped has the reasons that occurred."""
+
+    packets: int = 0
+    payload_bytes: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+class XskSocket:
+    """An AF_XDP socket with its frame pool and rings, which the XSKMAP takes; it receives nothing."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, RING_SLOTS * FRAME_SIZE)
+        self._socket = socket.socket(AF_XDP, socket.SOCK_RAW)
+        start = int(ffi.cast("uintptr_t", ffi.from_buffer(self._memory)))
+        pool = struct.pack("=QQIIII", start, len(self._memory), FRAME_SIZE, 0, 0, 0)  # struct xdp_umem_reg
+        self._socket.setsockopt(SOL_XDP, XDP_UMEM_REG, pool)
+        for ring in (XDP_UMEM_FILL_RING, XDP_UMEM_COMPLETION_RING, XDP_RX_RING):
+            self._socket.setsockopt(SOL_XDP, ring, RING_SLOTS)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Relay:
+    """The program and maps of one instance; the calling thread is in the namespace of its interfaces."""
+
+    def __init__(self, instance: str, maps: Maps, ifindex: int, other_ifindex: int) -> None:
+        self._instance = instance
+        self.maps = maps
+        self.ifindex = ifindex
+        self.other_ifindex = other_ifindex
+        self._rules: dict[int, tuple[Stream, Any]] = {}
+        self._sockets: dict[int, XskSocket] = {}
+        self._out = ffi.new("char[]", LARGEST_FRAME)
+        self._numbers = ffi.new("uint32_t[3]")
+
+    def add_rule(
+        self, rule_id: int, stream: Stream, *, xsk_base: int = 0, frame_limit: int = FRAME_LIMIT
+    ) -> None:
+        """Adds a rule on the first interface, and the lookup that it needs."""
+        key = rule_key(stream, self.ifindex)
+        self.maps.set_rule(key, rule_id, xsk_base, frame_limit)
+        self._rules[rule_id] = stream, key
+        self.maps.set_lookups(lookups_needed([each for each, _ in self._rules.values()]))
+
+    def delete_rule(self, rule_id: int) -> None:
+        """Deletes a rule and its counters; the lookups stay as they are."""
+        self.maps.delete_rule(self._rules.pop(rule_id)[1])
+        self.maps.clear_rule(rule_id)
+
+    def add_socket(self, index: int) -> XskSocket:
+        """Puts a new AF_XDP socket into the XSKMAP."""
+        self._sockets[index] = XskSocket()
+        self.maps.set_xsk(index, self._sockets[index].fileno())
+        return self._sockets[index]
+
+    def run(
+        self, frame: bytes, *, ifindex: int | None = None, queue: int = 0, metadata_before: bytes = b""
+    ) -> Result:
+        """One frame through the program, as if received on the first interface or on `ifindex`.
+
+        metadata_before: what an earlier XDP program left in front of the frame.
+        """
+        given = metadata_before + frame
+        length, metadata_length, verdict = (self._numbers + i for i in range(3))
+        status = lib.mcr_test_run(
+            self.maps.program_fd, ffi.from_buffer(given), len(frame), len(metadata_before),
+            self.ifindex if ifindex is None else ifindex, queue,
+            self._out, LARGEST_FRAME, length, metadata_length, verdict,
+        )  # fmt: skip
+        if status:
+            raise OSError(-status, "BPF_PROG_TEST_RUN")
+        left = ffi.buffer(self._out, length[0])[:]
+        split = metadata_length[0]
+        metadata = Metadata.from_bytes(left[:split]) if left[:split] != metadata_before else None
+        return Result(Verdict(verdict[0]), left[split:], metadata)
+
+    def counts(self, rule_id: int) -> RuleCounts:
+        """The rule's counters, summed over all CPUs."""
+        return self.maps.rule_counts(rule_id)
+
+    def read(self, name: str, index: int, into: Any) -> None:
+        """An entry of an array map, as the kernel has it."""
+        fd = open_pin(self._instance, name)
+        try:
+            status = lib.bpf_map_lookup_elem(fd, ffi.new("__u32 *", index), into)
+        finally:
+            os.close(fd)
+        if status:
+            raise OSError(-status, f"reading {name}[{index}]")
+
+    def packets_of_cpu(self, rule_id: int) -> list[int]:
+        """The packets that each CPU has counted for the rule; the index is the CPU."""
+        per_cpu = ffi.new("struct mcr_rule_stats[]", lib.libbpf_num_possible_cpus())
+        self.read("rule_stats", rule_id, per_cpu)
+        return [stats.packets for stats in per_cpu]
+
+    def counted(self, rule_id: int) -> Counted:
+        """The rule's counters without the time; no worker runs, so nothing can have been relayed."""
+        counts = self.counts(rule_id)
+        assert (counts.relayed_packets, counts.relayed_bytes) == (0, 0)
+        dropped = {reason: count for reason, count in counts.dropped.items() if count}
+        return Counted(counts.received_packets, counts.received_bytes, dropped)
+
+    def forget(self) -> None:
+        """Everything as it was when the program was loaded: no rule, no lookup, no socket, no count."""
+        for rule_id in tuple(self._rules):
+            self.delete_rule(rule_id)
+        self.maps.set_lookups(0)
+        for index, xsk in self._sockets.items():
+            self.maps.delete_xsk(index)
+            xsk.close()
+        self._sockets.clear()
