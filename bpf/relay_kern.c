@@ -41,7 +41,7 @@ BPF_TABLE("lru_hash", struct mcr_fragment_key, u16, fragments, MCR_MAX_FRAGMENTE
 BPF_TABLE("hash", u32, struct mcr_redirect_losses, redirect_losses, MCR_MAX_EGRESS);
 
 struct checksum_scratch {
-	u8 bytes[MCR_CHECKSUM_CHUNK];
+	u64 words[MCR_CHECKSUM_CHUNK / sizeof(u64)];
 };
 BPF_TABLE("percpu_array", u32, struct checksum_scratch, scratch, 1);
 
@@ -170,32 +170,28 @@ static __always_inline u16 pseudo_sum(const struct mcr_packet *packet, u8 *ip, u
 /* The sum over the UDP header, as it is, and payload; in chunks, because of bpf_csum_diff's limit. */
 static __always_inline int sum_datagram(struct xdp_md *ctx, u32 offset, u32 length, u16 *result)
 {
-	struct checksum_scratch *chunk;
-	u32 zero = 0;
+	u32 zero = 0, whole = length / MCR_CHECKSUM_CHUNK, tail = length & (MCR_CHECKSUM_CHUNK - 1);
+	struct checksum_scratch *chunk = scratch.lookup(&zero);
 	s64 sum = 0;
 
-	chunk = scratch.lookup(&zero);
-	if (!chunk)
+	if (!chunk || whole > MCR_CHECKSUM_CHUNKS)
 		return -1;
-	for (int i = 0; i < MCR_CHECKSUM_CHUNKS; i++) {
-		u32 size = length;
-
-		if (!length)
+	for (u32 i = 0; i < MCR_CHECKSUM_CHUNKS; i++) {
+		if (i >= whole)
 			break;
-		if (size > MCR_CHECKSUM_CHUNK)
-			size = MCR_CHECKSUM_CHUNK;
-		if (size < MCR_CHECKSUM_CHUNK)
-			__builtin_memset(chunk->bytes, 0, sizeof(chunk->bytes));
-		if (size < 1 || size > MCR_CHECKSUM_CHUNK || bpf_xdp_load_bytes(ctx, offset, chunk->bytes, size))
+		if (bpf_xdp_load_bytes(ctx, offset, chunk->words, MCR_CHECKSUM_CHUNK))
 			return -1;
-		sum = bpf_csum_diff(0, 0, (__be32 *)chunk->bytes, MCR_CHECKSUM_CHUNK, mcr_fold(sum));
-		if (sum < 0)
+		sum = bpf_csum_diff(0, 0, (__be32 *)chunk->words, MCR_CHECKSUM_CHUNK, mcr_fold(sum));
+		offset += MCR_CHECKSUM_CHUNK;
+	}
+	if (tail) {
+		__builtin_memset(chunk->words, 0, sizeof(chunk->words));
+		if (bpf_xdp_load_bytes(ctx, offset, chunk->words, tail))
 			return -1;
-		offset += size;
-		length -= size;
+		sum = bpf_csum_diff(0, 0, (__be32 *)chunk->words, MCR_CHECKSUM_CHUNK, mcr_fold(sum));
 	}
 	*result = mcr_fold(sum);
-	return length ? -1 : 0;
+	return 0;
 }
 
 /*

@@ -13,7 +13,7 @@
 enum {
 	MCR_MAX_IP_OFFSET = MCR_ETHERNET_LENGTH + MCR_MAX_VLAN_TAGS * MCR_VLAN_LENGTH,
 	MCR_CHECKSUM_CHUNK = 512, /* bytes that bpf_csum_diff takes at once on kernel 6.1 */
-	MCR_CHECKSUM_CHUNKS = 128,
+	MCR_CHECKSUM_CHUNKS = 24, /* 12 kB: beyond every jumbo frame */
 };
 
 enum { MCR_REWRITTEN = -1 };

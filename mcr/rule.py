@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
+from ipaddress import IPv4Address, IPv6Address
 from typing import Literal, TypeAlias
 
 from mcr.errors import McrError
@@ -50,7 +51,14 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class InterfaceFacts:
-    """What planning needs to know about an interface; mtu in bytes, mac as `02:00:00:00:00:01`, or empty."""
+    """What planning needs to know about an interface.
+
+    mtu: bytes. mac: as `02:00:00:00:00:01`, or empty.
+    ipv4, ipv6, ipv6_link: the address to send from, of each kind the primary one; ipv6_link is the link-local
+        one, ipv6 one of wider scope. None where there is none.
+    xdp_features: bits of enum netdev_xdp_act (linux/netdev.h), None where the kernel does not tell.
+    mode: how MCR's program is attached now, empty if it is not. ingress: "xsk" or "packet", empty if unknown.
+    """
 
     name: str
     ifindex: int
@@ -58,6 +66,12 @@ class InterfaceFacts:
     up: bool
     ethernet: bool
     mac: str
+    ipv4: IPv4Address | None = None
+    ipv6: IPv6Address | None = None
+    ipv6_link: IPv6Address | None = None
+    xdp_features: int | None = None
+    mode: Literal["", "native", "generic"] = ""
+    ingress: Literal["", "xsk", "packet"] = ""
 
 
 @dataclass(frozen=True, slots=True)
