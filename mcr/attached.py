@@ -11,13 +11,15 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from mcr import loader, netlink
-from mcr._bpf import ffi
+from mcr._bpf import ffi, lib
 from mcr.config import Attachment
 from mcr.desired import (
     FRAME_COUNT,
     InterfaceSpec,
+    KernelOutputSpec,
     OutputSpec,
     RuleSpec,
     WorkerSetup,
@@ -66,8 +68,8 @@ class AttachedInterface:
         self.attachment = attachment
         self.slot = slot
         self.xsk_base = xsk_base
-        self.mode = ""
-        self.ingress = ""
+        self.mode: Literal["", "native", "generic"] = ""
+        self.ingress: Literal["", "xsk", "packet"] = ""
         self.zero_copy = False
         self.queue_count = 0
         self.restarts = 0
@@ -91,13 +93,12 @@ class AttachedInterface:
     def worker_pid(self) -> int | None:
         return self._worker.pid if self._worker else None
 
-    async def apply(self, facts: InterfaceFacts | None, spec: InterfaceSpec) -> None:
-        """Makes the interface what spec says; facts are None where it is absent. Raises McrError.
+    async def prepare(self, facts: InterfaceFacts | None) -> None:
+        """Attaches, or detaches what has gone; facts are None where the interface is absent.
 
-        Only an interface that cannot be attached raises; a worker that dies meanwhile is replaced.
+        Raises McrError if it cannot be attached; a worker that dies later is replaced.
         """
         async with self._turn:
-            self.spec = spec
             if self._must_restart(facts):
                 await self._take_down()
             self._facts = facts
@@ -105,8 +106,15 @@ class AttachedInterface:
                 self.pending = f"there is no interface {self.name}"
             elif self._keeper is None:
                 await self._start(facts)
-            elif self._worker is not None:
+
+    async def put(self, spec: InterfaceSpec) -> None:
+        """Makes the interface what spec says, as far as it is attached. Raises McrError."""
+        async with self._turn:
+            self.spec = spec
+            if self._worker is not None:
                 await self._sync_or_replace(self._worker)
+            elif self._link is not None:
+                self._sync_maps()  # the kernel path does not wait for a worker
 
     async def _start(self, facts: InterfaceFacts) -> None:
         try:
@@ -227,8 +235,8 @@ class AttachedInterface:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
             self._keeper = None
-        for spec in self._in_place.map_rules.values():
-            self._maps.delete_rule(ffi.from_buffer(spec.key))
+        for rule in self._in_place.map_rules.values():
+            self._delete_map_rule(rule)
         for queue in range(self.queue_count):
             self._maps.delete_xsk(self.xsk_base + queue)
         if self._worker is not None:
@@ -240,24 +248,33 @@ class AttachedInterface:
     # --- making it so
 
     async def _sync(self) -> None:
-        """New outputs before the rules that use them, old ones after the rules that no longer do."""
+        """New outputs and rules before the packets that need them, old ones after the last that does."""
         assert self._worker is not None
         in_place = self._in_place
+        wanted = {rule_id: rule for rule_id, rule in self.spec.rules.items() if not rule.kernel}
         await self._add_outputs(self._worker)
-        for rule_id in in_place.map_rules.keys() - self.spec.rules.keys():
-            self._maps.delete_rule(ffi.from_buffer(in_place.map_rules.pop(rule_id).key))
-        for rule_id in in_place.rules.keys() - self.spec.rules.keys():
-            await self._worker.delete_rule(rule_id)
-            del in_place.rules[rule_id]
-        for rule_id, rule in self.spec.rules.items():
+        for rule_id, rule in wanted.items():
             if in_place.rules.get(rule_id) != rule:
                 await self._worker.set_rule(rule)
                 in_place.rules[rule_id] = rule
-            if self._link is not None and in_place.map_rules.get(rule_id) != rule:
-                self._put_rule(rule)
+        self._sync_maps()
+        for rule_id in in_place.rules.keys() - wanted.keys():
+            await self._worker.delete_rule(rule_id)  # after it has relayed what waits in its ring
+            del in_place.rules[rule_id]
         for output_id in in_place.outputs.keys() - self.spec.outputs.keys():
             await self._worker.delete_output(output_id)
             del in_place.outputs[output_id]
+
+    def _sync_maps(self) -> None:
+        if self._link is None:
+            return
+        in_place = self._in_place.map_rules
+        for rule_id in in_place.keys() - self.spec.rules.keys():
+            self._delete_map_rule(in_place.pop(rule_id))
+        for rule_id, rule in self.spec.rules.items():
+            if in_place.get(rule_id) != rule:
+                self._put_map_rule(rule, in_place.get(rule_id))
+                in_place[rule_id] = rule
 
     async def _add_outputs(self, worker: WorkerProcess) -> None:
         for output_id, wanted in self.spec.outputs.items():
@@ -268,12 +285,50 @@ class AttachedInterface:
                 await worker.add_output(spec, udp)
             self._in_place.outputs[output_id] = spec
 
-    def _put_rule(self, rule: RuleSpec) -> None:
-        before = self._in_place.map_rules.get(rule.rule_id)
-        self._maps.set_rule(ffi.from_buffer(rule.key), rule.rule_id, self.xsk_base, rule.frame_limit)
-        if before is not None and before.key != rule.key:
-            self._maps.delete_rule(ffi.from_buffer(before.key))
-        self._in_place.map_rules[rule.rule_id] = rule
+    def _put_map_rule(self, rule: RuleSpec, before: RuleSpec | None) -> None:
+        """Everything that the rule needs is in place before the one update that makes it count."""
+        if rule.kernel:
+            self._prepare_kernel_path(rule, before)
+        outputs = rule.kernel_outputs
+        fields = {
+            "rule_id": rule.rule_id,
+            "xsk_base": self.xsk_base,
+            "frame_limit": rule.frame_limit,
+            "flags": (lib.MCR_RULE_KERNEL if rule.kernel else 0)
+            | (lib.MCR_RULE_GENERIC if rule.generic else 0),
+            "output_id": outputs[0].output_id if len(outputs) == 1 else 0,
+            "smallest_mtu": min((output.mtu for output in outputs), default=0),
+        }
+        self._maps.set_rule(ffi.from_buffer(rule.key), fields)
+        if before is not None:
+            if before.key != rule.key:
+                self._maps.delete_rule(ffi.from_buffer(before.key))
+            self._retire_kernel_path(before, rule.kernel_outputs)
+
+    def _delete_map_rule(self, rule: RuleSpec) -> None:
+        self._maps.delete_rule(ffi.from_buffer(rule.key))
+        self._retire_kernel_path(rule, ())
+
+    def _prepare_kernel_path(self, rule: RuleSpec, before: RuleSpec | None) -> None:
+        old = before.kernel_outputs if before is not None else ()
+        for output in rule.kernel_outputs:
+            if output in old:
+                continue
+            self._maps.set_kernel_output(output.output_id, output.fields())
+            self._maps.set_egress(rule.rule_id, output.ifindex, output.output_id)
+            self._maps.count_redirects(output.ifindex)
+        if len(rule.kernel_outputs) > 1:
+            pairs = [(output.output_id, output.ifindex) for output in rule.kernel_outputs]
+            if len(old) < 2 or pairs != [(output.output_id, output.ifindex) for output in old]:
+                self._maps.set_fan_out(rule.rule_id, pairs)
+
+    def _retire_kernel_path(self, rule: RuleSpec, kept: Sequence[KernelOutputSpec]) -> None:
+        still_used = {output.ifindex for output in kept}
+        for output in rule.kernel_outputs:
+            if output.ifindex not in still_used:
+                self._maps.delete_egress(rule.rule_id, output.ifindex)
+        if len(rule.kernel_outputs) > 1 and len(kept) < 2:
+            self._maps.delete_fan_out(rule.rule_id)
 
     # --- the worker's life
 

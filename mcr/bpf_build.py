@@ -20,7 +20,9 @@ int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t fla
 int bpf_map_lookup_elem(int fd, const void *key, void *value);
 int bpf_map_delete_elem(int fd, const void *key);
 int bpf_map_get_next_key(int fd, const void *key, void *next_key);
+int bpf_raw_tracepoint_open(const char *name, int prog_fd);
 int libbpf_num_possible_cpus(void);
+struct bpf_devmap_val { uint32_t ifindex; union { int fd; uint32_t id; } bpf_prog; };
 """
 
 ffibuilder = FFI()

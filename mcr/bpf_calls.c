@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /* Glue over libbpf: the calls whose options cffi cannot spell. It decides nothing. */
 #include <bpf/bpf.h>
+#include <bpf/btf.h>
 #include <bpf/libbpf.h>
 #include <errno.h>
 #include <linux/if_link.h>
@@ -11,18 +12,66 @@
 #include <unistd.h>
 #include "bpf_calls.h"
 
-int mcr_load_xdp(const char *name, const void *instructions, size_t count, char *log, size_t log_size)
+int mcr_load_program(int kind, const char *name, const void *instructions, size_t count, char *log,
+		     size_t log_size)
 {
-	LIBBPF_OPTS(bpf_prog_load_opts, options, .prog_flags = BPF_F_XDP_HAS_FRAGS);
-	int fd = bpf_prog_load(BPF_PROG_TYPE_XDP, name, "Dual MIT/GPL", instructions, count, &options);
+	enum bpf_prog_type type = kind == MCR_PROGRAM_RAW_TRACEPOINT ? BPF_PROG_TYPE_RAW_TRACEPOINT :
+								       BPF_PROG_TYPE_XDP;
+	LIBBPF_OPTS(bpf_prog_load_opts, options);
+	int fd;
 
+	if (type == BPF_PROG_TYPE_XDP)
+		options.prog_flags = BPF_F_XDP_HAS_FRAGS;
+	if (kind == MCR_PROGRAM_DEVMAP)
+		options.expected_attach_type = BPF_XDP_DEVMAP;
+	fd = bpf_prog_load(type, name, "Dual MIT/GPL", instructions, count, &options);
 	if (fd >= 0)
 		return fd;
 	/* Once more for the verifier's words: a log costs time, and most loads succeed. */
 	options.log_level = 1;
 	options.log_buf = log;
 	options.log_size = log_size;
-	return bpf_prog_load(BPF_PROG_TYPE_XDP, name, "Dual MIT/GPL", instructions, count, &options);
+	return bpf_prog_load(type, name, "Dual MIT/GPL", instructions, count, &options);
+}
+
+/* Members of unnamed structs and unions inside count as members. */
+static int member_offset(const struct btf *btf, const struct btf_type *type, const char *member)
+{
+	const struct btf_member *members = btf_members(type);
+
+	for (int i = 0; i < btf_vlen(type); i++) {
+		const char *name = btf__name_by_offset(btf, members[i].name_off);
+		const struct btf_type *inner = btf__type_by_id(btf, members[i].type);
+		int offset = (int)btf_member_bit_offset(type, i) / 8, inside;
+
+		if (strcmp(name, member) == 0)
+			return offset;
+		if (*name || !btf_is_composite(inner))
+			continue;
+		inside = member_offset(btf, inner, member);
+		if (inside >= 0)
+			return offset + inside;
+	}
+	return -ENOENT;
+}
+
+int mcr_member_offset(const char *struct_name, const char *member)
+{
+	struct btf *btf = btf__load_vmlinux_btf();
+	int id, offset;
+
+	if (!btf)
+		return -errno;
+	id = btf__find_by_name_kind(btf, struct_name, BTF_KIND_STRUCT);
+	offset = id < 0 ? id : member_offset(btf, btf__type_by_id(btf, id), member);
+	btf__free(btf);
+	return offset;
+}
+
+int mcr_create_fan_out(uint32_t entries)
+{
+	return bpf_map_create(BPF_MAP_TYPE_DEVMAP, "fan_out", sizeof(uint32_t), sizeof(struct bpf_devmap_val),
+			      entries, NULL);
 }
 
 int mcr_link_xdp(int prog_fd, int ifindex, int generic)

@@ -6,8 +6,21 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Loads an XDP program that accepts frames of several buffers. log holds the verifier's words if it fails. */
-int mcr_load_xdp(const char *name, const void *instructions, size_t count, char *log, size_t log_size);
+enum mcr_program_kind {
+	MCR_PROGRAM_XDP = 1,
+	MCR_PROGRAM_DEVMAP = 2, /* runs on each frame that a device map redirects */
+	MCR_PROGRAM_RAW_TRACEPOINT = 3,
+};
+
+/* Loads a program; XDP programs accept frames of several buffers. log gets the verifier's words if it fails. */
+int mcr_load_program(int kind, const char *name, const void *instructions, size_t count, char *log,
+		     size_t log_size);
+
+/* The offset in bytes of a member of a kernel struct, from the running kernel's BTF. */
+int mcr_member_offset(const char *struct_name, const char *member);
+
+/* A device map with the layout of fan_out_shape. */
+int mcr_create_fan_out(uint32_t entries);
 
 /* A bpf_link of the program to an interface: in the driver, or generic. */
 int mcr_link_xdp(int prog_fd, int ifindex, int generic);

@@ -8,15 +8,16 @@ must never do I/O.
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address
 from typing import Literal
 
-from mcr._bpf import ffi
+from mcr._bpf import ffi, lib
 from mcr.config import Attachment
 from mcr.errors import McrError
-from mcr.maps import MAX_OUTPUTS, MAX_RULES, rule_key
+from mcr.maps import MAX_OUTPUTS, MAX_RULES, address_bytes, rule_key
 from mcr.membership import Membership
-from mcr.rule import InterfaceFacts, Rule, plan
-from mcr.stream import Output
+from mcr.rule import InterfaceFacts, Plan, Rule, plan, source_address
+from mcr.stream import Address, Output
 
 ETHERNET_BYTES = 14
 VLAN_TAG_BYTES = 4
@@ -56,13 +57,42 @@ class OutputSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelOutputSpec:
+    """An output as the kernel path has it: the fields of `struct mcr_kernel_output`, and its id."""
+
+    output_id: int
+    ifindex: int
+    mtu: int
+    flags: int
+    dport: int
+    vlan: int
+    ttl: int
+    dscp: int
+    mac_destination: bytes
+    mac_source: bytes
+    saddr: bytes
+    daddr: bytes
+
+    def fields(self) -> dict[str, int | bytes]:
+        """All of them but the id."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "output_id"}
+
+
+@dataclass(frozen=True, slots=True)
 class RuleSpec:
-    """A rule as a worker and the rules map have it. key: the bytes of its `struct mcr_rule_key`."""
+    """A rule as the rules map has it, and a worker if it takes the worker path.
+
+    key: the bytes of its `struct mcr_rule_key`. output_ids: of the worker path. generic: XDP runs in generic
+    mode where the packets come in.
+    """
 
     rule_id: int
     key: bytes
     frame_limit: int
-    output_ids: tuple[int, ...]
+    output_ids: tuple[int, ...] = ()
+    kernel: bool = False
+    generic: bool = False
+    kernel_outputs: tuple[KernelOutputSpec, ...] = ()
 
 
 @dataclass(slots=True)
@@ -170,18 +200,48 @@ def largest_payload(output: Output, mtu: int) -> int:
     return max(0, min(LARGEST_PAYLOAD, mtu - overhead))
 
 
-def _output_spec(output: Output, output_id: int, facts: Mapping[str, InterfaceFacts]) -> OutputSpec:
-    """Raises McrError with the reason why the output has to wait."""
+def output_flags(output: Output) -> int:
+    """The bits of enum mcr_output_flag."""
+    return (
+        (lib.MCR_OUTPUT_KEEP_PORT if output.port is None else 0)
+        | (lib.MCR_OUTPUT_PRESERVE_DSCP if output.dscp is None else 0)
+        | (lib.MCR_OUTPUT_DECREMENT_TTL if output.ttl is None else 0)
+        | (lib.MCR_OUTPUT_PRESERVE_SOURCE if output.source == "preserve" else 0)
+    )
+
+
+def group_mac(group: Address) -> bytes:
+    """The Ethernet address of a group (RFC 1112 section 6.4, RFC 2464 section 7)."""
+    if isinstance(group, IPv4Address):
+        low = group.packed[1:]
+        return bytes([0x01, 0x00, 0x5E, low[0] & 0x7F, low[1], low[2]])
+    return b"\x33\x33" + group.packed[12:]
+
+
+def _worker_output(output: Output, output_id: int, facts: Mapping[str, InterfaceFacts]) -> OutputSpec:
     if not output.interface:
         return OutputSpec(
             output_id, output, 0, LARGEST_PAYLOAD
         )  # lowered to the route's when it is put in place
-    if output.interface not in facts:
-        raise McrError(f"there is no interface {output.interface}", "none is needed: it waits")
     interface = facts[output.interface]
-    overhead = IPV4_UDP_BYTES if output.address.version == 4 else IPV6_UDP_BYTES
-    return OutputSpec(
-        output_id, output, interface.ifindex, max(0, min(LARGEST_PAYLOAD, interface.mtu - overhead))
+    return OutputSpec(output_id, output, interface.ifindex, largest_payload(output, interface.mtu))
+
+
+def _kernel_output(output: Output, output_id: int, facts: InterfaceFacts) -> KernelOutputSpec:
+    source = source_address(output, facts) if isinstance(output.source, str) else output.source
+    return KernelOutputSpec(
+        output_id=output_id,
+        ifindex=facts.ifindex,
+        mtu=facts.mtu,
+        flags=output_flags(output),
+        dport=output.port or 0,
+        vlan=output.vlan,
+        ttl=output.ttl or 0,
+        dscp=output.dscp or 0,
+        mac_destination=group_mac(output.address),
+        mac_source=bytes.fromhex(facts.mac.replace(":", "")),
+        saddr=address_bytes(source) if source is not None else bytes(16),
+        daddr=address_bytes(output.address),
     )
 
 
@@ -207,6 +267,17 @@ def realise(
     return desired
 
 
+def _why_pending(
+    rule: Rule, attachments: Mapping[str, Attachment], facts: Mapping[str, InterfaceFacts]
+) -> str:
+    interface = rule.stream.interface
+    if interface not in facts:
+        return f"there is no interface {interface}"
+    if interface not in attachments:
+        return f"{interface} is not attached (mcr attach {interface})"
+    return ""
+
+
 def _rule_state(
     rule: Rule,
     attachments: Mapping[str, Attachment],
@@ -214,26 +285,49 @@ def _rule_state(
     ids: Ids,
     interfaces: dict[str, InterfaceSpec],
 ) -> RuleState:
-    rule_id, interface = ids.rules[rule.name], rule.stream.interface
-    chosen = plan(rule, facts)
-    pending = ""
-    if interface not in facts:
-        pending = f"there is no interface {interface}"
-    elif interface not in attachments:
-        pending = f"{interface} is not attached (mcr attach {interface})"
-    outputs: list[OutputState] = []
-    specs: list[OutputSpec] = []
+    rule_id = ids.rules[rule.name]
+    pending = _why_pending(rule, attachments, facts)
+    try:
+        chosen = plan(rule, facts)
+    except McrError as error:  # it could be carried when it was accepted; an interface has changed since
+        chosen, pending = Plan("worker" if rule.path == "worker" else "kernel", "asked for"), error.cause
+    states: list[OutputState] = []
+    present: list[tuple[Output, int]] = []
     for output in rule.outputs:
         output_id = ids.outputs[rule.name, str(output)]
-        try:
-            specs.append(_output_spec(output, output_id, facts))
-            outputs.append(OutputState(output, output_id, pending))
-        except McrError as error:
-            outputs.append(OutputState(output, output_id, error.cause))
+        if output.interface and output.interface not in facts:
+            states.append(OutputState(output, output_id, f"there is no interface {output.interface}"))
+        else:
+            states.append(OutputState(output, output_id, pending))
+            present.append((output, output_id))
     if not pending:
-        spec = interfaces[interface]
-        spec.outputs.update({output.output_id: output for output in specs})
-        key = bytes(ffi.buffer(rule_key(rule.stream, facts[interface].ifindex)))
-        limit = frame_limit(facts[interface])
-        spec.rules[rule_id] = RuleSpec(rule_id, key, limit, tuple(output.output_id for output in specs))
-    return RuleState(rule, rule_id, chosen.path, chosen.reason, pending, tuple(outputs))
+        _add_specs(interfaces[rule.stream.interface], rule, rule_id, chosen, present, facts)
+    return RuleState(rule, rule_id, chosen.path, chosen.reason, pending, tuple(states))
+
+
+def _add_specs(
+    spec: InterfaceSpec,
+    rule: Rule,
+    rule_id: int,
+    chosen: Plan,
+    present: list[tuple[Output, int]],
+    facts: Mapping[str, InterfaceFacts],
+) -> None:
+    ingress = facts[rule.stream.interface]
+    key = bytes(ffi.buffer(rule_key(rule.stream, ingress.ifindex)))
+    if chosen.path == "kernel":
+        spec.rules[rule_id] = RuleSpec(
+            rule_id,
+            key,
+            longest_frame(ingress),
+            kernel=True,
+            generic=ingress.mode == "generic",
+            kernel_outputs=tuple(
+                _kernel_output(output, output_id, facts[output.interface]) for output, output_id in present
+            ),
+        )
+        return
+    outputs = [_worker_output(output, output_id, facts) for output, output_id in present]
+    spec.outputs.update({output.output_id: output for output in outputs})
+    output_ids = tuple(output.output_id for output in outputs)
+    spec.rules[rule_id] = RuleSpec(rule_id, key, frame_limit(ingress), output_ids)

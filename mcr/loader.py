@@ -33,8 +33,21 @@ MAP_NAMES = (
     "rule_counters",
     "output_counters",
     "worker_counters",
+    "kernel_outputs",
+    "rule_outputs",
+    "egress_outputs",
+    "fan_outs",
+    "output_stats",
+    "fragments",
+    "redirect_losses",
 )
+PROGRAMS = {
+    "mcr_relay": lib.MCR_PROGRAM_XDP,
+    "mcr_egress": lib.MCR_PROGRAM_DEVMAP,
+    "mcr_devmap_xmit": lib.MCR_PROGRAM_RAW_TRACEPOINT,
+}
 PROGRAM_NAME = "mcr_relay"
+TRACEPOINT = "xdp_devmap_xmit"
 COMPILE_TIMEOUT_S = 60
 VERIFIER_LOG_BYTES = 4 << 20
 BUSY_RETRY_S = 1.0
@@ -60,8 +73,8 @@ def pin_dir(instance: str) -> Path:
 # --- in the child -----------------------------------------------------------------------------
 
 
-def _compile(source_dir: Path) -> tuple[dict[str, int], bytes]:
-    """Compiles relay_kern.c. Returns the descriptors of the maps by name, and the program's instructions."""
+def _compile(source_dir: Path) -> tuple[dict[str, int], dict[str, bytes]]:
+    """Compiles relay_kern.c. Returns the descriptors of the maps, and the programs' instructions, by name."""
     os.environ["BCC_KERNEL_SOURCE"] = str(source_dir / "uapi_shim")
     try:
         from bcc import BPF
@@ -72,12 +85,24 @@ def _compile(source_dir: Path) -> tuple[dict[str, int], bytes]:
         ) from error
     includes = ["/usr/include", f"/usr/include/{platform.machine()}-linux-gnu"]
     flags = [f"-I{source_dir}", *(word for path in includes for word in ("-idirafter", path))]
+    flags.append(f"-DMCR_IFINDEX_OFFSET={_ifindex_offset()}")
     try:
         module = BPF(src_file=str(source_dir / "relay_kern.c"), cflags=flags)
         descriptors = {name: int(module[name].map_fd) for name in MAP_NAMES}
-        return descriptors, bytes(module.dump_func(PROGRAM_NAME))
+        return descriptors, {name: bytes(module.dump_func(name)) for name in PROGRAMS}
     except Exception as error:  # BCC raises bare Exceptions; the compiler's own words are on stderr
         raise McrError("relay_kern.c does not compile", f"see it whole: {COMPILE_BY_HAND}") from error
+
+
+def _ifindex_offset() -> int:
+    """Where the running kernel keeps the index in a network device: a raw tracepoint is handed the device."""
+    offset = int(lib.mcr_member_offset(b"net_device", b"ifindex"))
+    if offset < 0:
+        raise McrError(
+            f"the kernel does not describe itself (BTF): {os.strerror(-offset)}",
+            "use a kernel with CONFIG_DEBUG_INFO_BTF, as Debian's have",
+        )
+    return offset
 
 
 def _verifier_words(log: str) -> str:
@@ -89,13 +114,10 @@ def _verifier_words(log: str) -> str:
     return wanted[-1] if wanted else "no verifier log"
 
 
-def _load(instructions: bytes) -> int:
+def _load(name: str, instructions: bytes) -> int:
     log = ffi.new("char[]", VERIFIER_LOG_BYTES)
-    fd = int(
-        lib.mcr_load_xdp(
-            PROGRAM_NAME.encode(), ffi.from_buffer(instructions), len(instructions) // 8, log, len(log)
-        )
-    )
+    code, count = ffi.from_buffer(instructions), len(instructions) // 8
+    fd = int(lib.mcr_load_program(PROGRAMS[name], name.encode(), code, count, log, len(log)))
     if fd >= 0:
         return fd
     if fd in (-errno.EPERM, -errno.EACCES) and not ffi.string(log):
@@ -103,7 +125,7 @@ def _load(instructions: bytes) -> int:
     text = ffi.string(log).decode(errors="replace")
     sys.stderr.write(text[-8000:])
     raise McrError(
-        f"the kernel refused {PROGRAM_NAME}: {os.strerror(-fd)}: {_verifier_words(text)}",
+        f"the kernel refused {name}: {os.strerror(-fd)}: {_verifier_words(text)}",
         f"MCR needs Linux 6.1 or later; this is {platform.release()}",
     )
 
@@ -116,11 +138,11 @@ def _pin(fd: int, path: Path) -> None:
 
 def compile_into(directory: Path) -> None:
     """What the child does: compile, load, pin every map and the program into directory."""
-    descriptors, instructions = _compile(bpf_source_dir())
-    program = _load(instructions)
+    descriptors, programs = _compile(bpf_source_dir())
     for name, fd in descriptors.items():
         _pin(fd, directory / name)
-    _pin(program, directory / PROGRAM_NAME)
+    for name, instructions in programs.items():
+        _pin(_load(name, instructions), directory / name)
 
 
 def _child_main(directory: str) -> int:
@@ -246,6 +268,18 @@ class Link:
 
 class XdpUnsupportedError(McrError):
     """The interface cannot run XDP in the mode asked for."""
+
+
+def trace_redirects(program_fd: int) -> int:
+    """Attaches mcr_devmap_xmit to its tracepoint, for as long as the returned descriptor is open."""
+    fd = int(lib.bpf_raw_tracepoint_open(TRACEPOINT.encode(), program_fd))
+    if fd < 0:
+        raise McrError(
+            f"cannot attach to the tracepoint {TRACEPOINT}: {os.strerror(-fd)}",
+            "run as root, or with CAP_PERFMON",
+        )
+    os.set_inheritable(fd, False)
+    return fd
 
 
 def program_name(program_id: int) -> str:

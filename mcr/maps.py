@@ -6,6 +6,7 @@ touches a worker. This module must never decide what belongs in a map.
 
 import mmap
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Any, Self
@@ -133,9 +134,8 @@ class Maps:
     """The maps and the program of a loaded instance, open."""
 
     def __init__(self, instance: str) -> None:
-        self._fds = {
-            name: loader.open_pin(instance, name) for name in (*loader.MAP_NAMES, loader.PROGRAM_NAME)
-        }
+        names = (*loader.MAP_NAMES, *loader.PROGRAMS)
+        self._fds = {name: loader.open_pin(instance, name) for name in names}
         self._cpus = int(lib.libbpf_num_possible_cpus())
         self._rule_counters = _Counters(self._fds["rule_counters"], "mcr_rule_counters", MAX_RULES)
         self._output_counters = _Counters(self._fds["output_counters"], "mcr_output_counters", MAX_OUTPUTS)
@@ -168,9 +168,69 @@ class Maps:
         value = ffi.new("struct mcr_settings *", {"abi_version": lib.MCR_ABI_VERSION, "lookups": word})
         self._update("settings", ffi.new("__u32 *", 0), value)
 
-    def set_rule(self, key: Any, rule_id: int, xsk_base: int, frame_limit: int) -> None:
-        fields = {"rule_id": rule_id, "xsk_base": xsk_base, "frame_limit": frame_limit}
+    @property
+    def tracepoint_fd(self) -> int:
+        return self._fds["mcr_devmap_xmit"]
+
+    def set_rule(self, key: Any, fields: dict[str, int]) -> None:
+        """fields: those of `struct mcr_rule_value`."""
         self._update("rules", key, ffi.new("struct mcr_rule_value *", fields))
+
+    # --- the kernel path
+
+    def set_kernel_output(self, output_id: int, fields: dict[str, Any]) -> None:
+        """fields: those of `struct mcr_kernel_output`, byte strings for its arrays."""
+        self._update(
+            "kernel_outputs", ffi.new("__u32 *", output_id), ffi.new("struct mcr_kernel_output *", fields)
+        )
+
+    def set_egress(self, rule_id: int, ifindex: int, output_id: int) -> None:
+        self._update(
+            "egress_outputs",
+            ffi.new("struct mcr_egress_key *", [rule_id, ifindex]),
+            ffi.new("__u32 *", output_id),
+        )
+
+    def delete_egress(self, rule_id: int, ifindex: int) -> None:
+        lib.bpf_map_delete_elem(
+            self._fds["egress_outputs"], ffi.new("struct mcr_egress_key *", [rule_id, ifindex])
+        )
+
+    def set_fan_out(self, rule_id: int, outputs: Sequence[tuple[int, int]]) -> None:
+        """Makes a device map for (output_id, ifindex) pairs aside, then puts it in place at once."""
+        key = ffi.new("__u32 *", rule_id)
+        listed = {"count": len(outputs), "output_ids": [output_id for output_id, _ in outputs]}
+        self._update("rule_outputs", key, ffi.new("struct mcr_rule_outputs *", listed))
+        devices = int(lib.mcr_create_fan_out(MAX_OUTPUTS_PER_RULE))
+        _check(devices, "create a device map")
+        try:
+            for slot, (_, ifindex) in enumerate(outputs):
+                value = ffi.new("struct bpf_devmap_val *")
+                value.ifindex, value.bpf_prog.fd = ifindex, self._fds["mcr_egress"]
+                status = lib.bpf_map_update_elem(devices, ffi.new("__u32 *", slot), value, 0)
+                _check(status, f"put interface {ifindex} into a device map")
+            self._update("fan_outs", key, ffi.new("int *", devices))
+        finally:
+            os.close(devices)
+
+    def delete_fan_out(self, rule_id: int) -> None:
+        lib.bpf_map_delete_elem(self._fds["fan_outs"], ffi.new("__u32 *", rule_id))
+
+    def count_redirects(self, ifindex: int) -> None:
+        """Begins to count what redirecting to an interface loses."""
+        no_exist = 1  # BPF_NOEXIST: what is counted already goes on
+        lib.bpf_map_update_elem(
+            self._fds["redirect_losses"],
+            ffi.new("__u32 *", ifindex),
+            ffi.new("struct mcr_redirect_losses *"),
+            no_exist,
+        )
+
+    def redirect_losses(self, ifindex: int) -> int:
+        """Packets that the device did not take after the egress program had let them go."""
+        value = ffi.new("struct mcr_redirect_losses *")
+        status = lib.bpf_map_lookup_elem(self._fds["redirect_losses"], ffi.new("__u32 *", ifindex), value)
+        return max(0, int(value.dropped - value.by_program)) if status == 0 else 0
 
     def delete_rule(self, key: Any) -> None:
         """Deletes a rule; one that is not there is no error."""
@@ -190,6 +250,9 @@ class Maps:
         self._rule_counters.clear(rule_id)
 
     def clear_output(self, output_id: int) -> None:
+        """Zeroes the counters of an output_id that is about to be used again."""
+        zeroes = ffi.new("struct mcr_output_stats[]", self._cpus)
+        self._update("output_stats", ffi.new("__u32 *", output_id), zeroes)
         self._output_counters.clear(output_id)
 
     def clear_worker(self, slot: int) -> None:
@@ -205,8 +268,8 @@ class Maps:
             received_packets=sum(cpu.packets for cpu in per_cpu) + worker.received_packets,
             received_bytes=sum(cpu.bytes for cpu in per_cpu) + worker.received_bytes,
             last_seen_ns=max(worker.last_seen_ns, *(cpu.last_seen_ns for cpu in per_cpu)),
-            relayed_packets=worker.relayed_packets,
-            relayed_bytes=worker.relayed_bytes,
+            relayed_packets=sum(cpu.relayed_packets for cpu in per_cpu) + worker.relayed_packets,
+            relayed_bytes=sum(cpu.relayed_bytes for cpu in per_cpu) + worker.relayed_bytes,
             dropped={
                 name: sum(cpu.dropped[reason] for cpu in per_cpu) + worker.dropped[reason]
                 for reason, name in enumerate(DROP_REASONS)
@@ -214,12 +277,19 @@ class Maps:
         )
 
     def output_counts(self, output_id: int) -> OutputCounts:
-        counters = self._output_counters[output_id]
+        """What the kernel path counted on every CPU together with what the workers counted."""
+        per_cpu = ffi.new("struct mcr_output_stats[]", self._cpus)
+        status = lib.bpf_map_lookup_elem(self._fds["output_stats"], ffi.new("__u32 *", output_id), per_cpu)
+        _check(status, "read the map output_stats")
+        worker = self._output_counters[output_id]
         return OutputCounts(
-            counters.sent_packets,
-            counters.sent_bytes,
-            {name: counters.dropped[reason] for reason, name in enumerate(OUTPUT_DROP_REASONS)},
-            counters.last_error,
+            sum(cpu.sent_packets for cpu in per_cpu) + worker.sent_packets,
+            sum(cpu.sent_bytes for cpu in per_cpu) + worker.sent_bytes,
+            {
+                name: sum(cpu.dropped[reason] for cpu in per_cpu) + worker.dropped[reason]
+                for reason, name in enumerate(OUTPUT_DROP_REASONS)
+            },
+            worker.last_error,
         )
 
     def worker_counts(self, slot: int) -> WorkerCounts:

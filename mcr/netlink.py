@@ -1,9 +1,9 @@
-"""Links and addresses of this network namespace, and their events, read with pyroute2.
+"""Links, their addresses and XDP features in this network namespace, and the events of all these.
 
-All goes over its IPRSocket, the one of its sockets that asyncio does not drive: it works inside a running
-event loop and outside of one, in the network namespace of the calling thread, and outlives an overrun. This
-module only reads; it must never change a link, and the monitor must never hold up the event loop while the
-kernel is busy with one.
+The messages are pyroute2's, the sockets are not: its generic netlink socket is driven by asyncio, while these
+work inside a running event loop and outside of one, in the network namespace of the calling thread, and
+outlive an overrun. This module only reads; it must never change a link, and the monitor must never hold up
+the event loop while the kernel is busy with one.
 """
 
 import asyncio
@@ -11,26 +11,55 @@ import contextlib
 import errno
 import logging
 import os
+import socket
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Literal, Self
 
-from pyroute2 import IPRSocket
 from pyroute2.arp import ARPHRD_ETHER
 from pyroute2.ethtool.ioctl import EthtoolError, IoctlEthtool
-from pyroute2.netlink import NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, nlmsg, rtnl
+from pyroute2.netlink import (
+    CTRL_CMD_GETFAMILY,
+    GENL_ID_CTRL,
+    NETLINK_ADD_MEMBERSHIP,
+    NETLINK_GENERIC,
+    NETLINK_ROUTE,
+    NLM_F_DUMP,
+    NLM_F_DUMP_INTR,
+    NLM_F_REQUEST,
+    NLMSG_DONE,
+    SOL_NETLINK,
+    ctrlmsg,
+    genlmsg,
+    nlmsg,
+    rtnl,
+)
+from pyroute2.netlink.marshal import Marshal
+from pyroute2.netlink.rtnl.ifaddrmsg import (
+    IFA_F_DADFAILED,
+    IFA_F_DEPRECATED,
+    IFA_F_SECONDARY,
+    IFA_F_TEMPORARY,
+    IFA_F_TENTATIVE,
+    ifaddrmsg,
+)
 from pyroute2.netlink.rtnl.ifinfmsg import IFF_RUNNING, IFF_UP, ifinfmsg
 
 from mcr.errors import McrError
 from mcr.rule import InterfaceFacts
 
 EVENT_GROUPS = rtnl.RTMGRP_LINK | rtnl.RTMGRP_IPV4_IFADDR | rtnl.RTMGRP_IPV6_IFADDR
-EVENT_TYPES = (rtnl.RTM_NEWLINK, rtnl.RTM_DELLINK, rtnl.RTM_NEWADDR, rtnl.RTM_DELADDR)
 EVENT_BUFFER_BYTES = 1 << 20
+RECEIVE_BYTES = 1 << 15  # the largest part that the kernel makes of an answer
 REQUEST_TIMEOUT_S = 5.0
 DUMP_ATTEMPTS = 10
 COALESCE_S = 0.05
-EVENT_READS = 64  # from the event socket, before other work of the loop gets its turn
+EVENT_READS = 64  # from an event socket, before other work of the loop gets its turn
+
+NETDEV_FAMILY = "netdev"
+NETDEV_EVENT_GROUP = "mgmt"
+NETDEV_CMD_DEV_GET = 1  # linux/netdev.h
 
 XdpMode = Literal["native", "generic", "offload"]
 
@@ -45,41 +74,147 @@ class XdpProgram:
     program_id: int
 
 
-def _links(name: str | None = None) -> Generator[Any, None, None]:
-    """One link by its name, or all, as RTM_NEWLINK messages of pyroute2 (rtnetlink(7)); of one, take one.
+class _DeviceMessage(genlmsg):  # type: ignore[misc]
+    """NETDEV_CMD_DEV_GET and its answers (linux/netdev.h)."""
 
-    One at a time, because each takes much memory. Raises OSError: ENODEV if there is no such link, EINTR if
-    links changed while they were listed.
+    __slots__ = ()
+    prefix = "NETDEV_A_DEV_"
+    nla_map = (
+        ("NETDEV_A_DEV_UNSPEC", "none"),
+        ("NETDEV_A_DEV_IFINDEX", "uint32"),
+        ("NETDEV_A_DEV_PAD", "none"),
+        ("NETDEV_A_DEV_XDP_FEATURES", "uint64"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _NetdevFamily:
+    """The numbers of the generic netlink family that tells XDP features."""
+
+    message_type: int
+    event_group: int
+
+
+@dataclass(slots=True)
+class _Addresses:
+    """The primary addresses of one interface, as in InterfaceFacts."""
+
+    ipv4: IPv4Address | None = None
+    ipv6: IPv6Address | None = None
+    ipv6_link: IPv6Address | None = None
+
+
+def _ask(protocol: int, request: Any, message_type: int, flags: int = 0) -> Generator[Any, None, None]:
+    """The answers to a request (netlink(7)), of the request's class: all of a dump, one of any other.
+
+    One at a time, because each takes much memory. Raises OSError: what the kernel answers, EINTR if something
+    changed during the dump.
     """
-    request = ifinfmsg()
-    if name is not None:
-        request["attrs"] = [("IFLA_IFNAME", os.fsencode(name))]
-    with IPRSocket() as rtnetlink:
-        rtnetlink.socket.settimeout(REQUEST_TIMEOUT_S)
-        rtnetlink.put(request, rtnl.RTM_GETLINK, NLM_F_REQUEST | (NLM_F_DUMP if name is None else 0))
+    request["header"].update(type=message_type, flags=NLM_F_REQUEST | flags)
+    request.encode()
+    marshal = Marshal()
+    marshal.default_message_class = type(request)
+    marshal.msg_map[NLMSG_DONE] = nlmsg
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
+        netlink.settimeout(REQUEST_TIMEOUT_S)
+        netlink.send(request.data)
         while True:
-            for message in rtnetlink.get():
+            for message in marshal.parse(netlink.recv(RECEIVE_BYTES)):
                 header = message["header"]
                 if header["error"] is not None:
                     raise OSError(getattr(header["error"], "code", errno.EBADMSG), str(header["error"]))
                 if header["flags"] & NLM_F_DUMP_INTR:
-                    raise InterruptedError(errno.EINTR, "the links changed while they were listed")
+                    raise InterruptedError(errno.EINTR, "something changed while it was listed")
                 if header["type"] == NLMSG_DONE:
                     return
                 yield message
+                if not flags & NLM_F_DUMP:
+                    return
 
 
 def _link(name: str) -> Any:
+    request = ifinfmsg()
+    request["attrs"] = [("IFLA_IFNAME", os.fsencode(name))]
     try:
-        with contextlib.closing(_links(name)) as links:
-            return next(links)
+        (link,) = _ask(NETLINK_ROUTE, request, rtnl.RTM_GETLINK)
     except OSError as error:
         if error.errno in (errno.ENODEV, errno.EINVAL, errno.ERANGE):
             raise McrError(f"there is no interface {name}", "see which there are: ip link") from None
         raise
+    return link
 
 
-def _facts(link: Any) -> InterfaceFacts:
+def _netdev_family() -> _NetdevFamily | None:
+    """None where the kernel has no such family: Linux before 6.3."""
+    request = ctrlmsg()
+    request.update(cmd=CTRL_CMD_GETFAMILY, version=1, attrs=[("CTRL_ATTR_FAMILY_NAME", NETDEV_FAMILY)])
+    try:
+        (family,) = _ask(NETLINK_GENERIC, request, GENL_ID_CTRL)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    groups = {
+        group.get_attr("CTRL_ATTR_MCAST_GRP_NAME"): group.get_attr("CTRL_ATTR_MCAST_GRP_ID")
+        for group in family.get_attr("CTRL_ATTR_MCAST_GROUPS")
+    }
+    return _NetdevFamily(family.get_attr("CTRL_ATTR_FAMILY_ID"), groups[NETDEV_EVENT_GROUP])
+
+
+def _xdp_features() -> dict[int, int]:
+    """XDP features by interface index, of no interface if the kernel does not tell them."""
+    family = _netdev_family()
+    if family is None:
+        return {}
+    request = _DeviceMessage()
+    request.update(cmd=NETDEV_CMD_DEV_GET, version=1)
+    return {
+        device.get_attr("NETDEV_A_DEV_IFINDEX"): device.get_attr("NETDEV_A_DEV_XDP_FEATURES")
+        for device in _ask(NETLINK_GENERIC, request, family.message_type, NLM_F_DUMP)
+    }
+
+
+def _sendable(message: Any) -> tuple[int, bool, int, IPv4Address | IPv6Address] | None:
+    """Scope, whether it is a last resort, interface index and address, if it is one to send from."""
+    flags: int = message.get_attr("IFA_FLAGS")
+    if message["scope"] >= rtnl.rt_scope["host"]:
+        return None
+    if message["family"] == socket.AF_INET:
+        unusable, last_resort = IFA_F_SECONDARY, 0
+    elif message["family"] == socket.AF_INET6:
+        unusable, last_resort = IFA_F_TENTATIVE | IFA_F_DADFAILED, IFA_F_DEPRECATED | IFA_F_TEMPORARY
+    else:
+        return None
+    if flags & unusable:
+        return None
+    # Where there is a peer, IFA_ADDRESS is the peer's.
+    address = ip_address(message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
+    return message["scope"], bool(flags & last_resort), message["index"], address
+
+
+def _addresses() -> dict[int, _Addresses]:
+    """The primary addresses by interface index.
+
+    They are chosen as the kernel does for a socket that sends to a group: the widest scope first, then the
+    kernel's own order; of IPv4, none that is secondary; of IPv6, none that is not known to be unique, and a
+    deprecated or temporary one only if there is no other (RFC 6724 section 5).
+    """
+    answers = _ask(NETLINK_ROUTE, ifaddrmsg(), rtnl.RTM_GETADDR, NLM_F_DUMP)
+    sendable = [each for each in map(_sendable, answers) if each is not None]
+    sendable.sort(key=lambda each: each[:2])
+    primary: dict[int, _Addresses] = {}
+    for scope, _, ifindex, address in sendable:
+        of_interface = primary.setdefault(ifindex, _Addresses())
+        if isinstance(address, IPv4Address):
+            of_interface.ipv4 = of_interface.ipv4 or address
+        elif scope == rtnl.rt_scope["link"]:
+            of_interface.ipv6_link = of_interface.ipv6_link or address
+        else:
+            of_interface.ipv6 = of_interface.ipv6 or address
+    return primary
+
+
+def _facts(link: Any, addresses: _Addresses, xdp_features: int | None) -> InterfaceFacts:
     ethernet = link["ifi_type"] == ARPHRD_ETHER
     return InterfaceFacts(
         name=os.fsdecode(link.get("ifname")),  # pyroute2 leaves what is not UTF-8 as bytes
@@ -88,18 +223,32 @@ def _facts(link: Any) -> InterfaceFacts:
         up=link["flags"] & (IFF_UP | IFF_RUNNING) == IFF_UP | IFF_RUNNING,
         ethernet=ethernet,
         mac=link.get("address") if ethernet else "",
+        ipv4=addresses.ipv4,
+        ipv6=addresses.ipv6,
+        ipv6_link=addresses.ipv6_link,
+        xdp_features=xdp_features,
     )
 
 
 def read_interfaces() -> dict[str, InterfaceFacts]:
     """Every interface of this network namespace, by its name.
 
-    `up` means that it is set up and can carry packets (IFF_UP and IFF_RUNNING, netdevice(7)). Blocks while
-    the kernel changes a link. Raises OSError if the kernel does not answer, or has no rest.
+    `up` means that it is set up and can carry packets (IFF_UP and IFF_RUNNING, netdevice(7)); what MCR did
+    with an interface, `mode` and `ingress`, is not told. Blocks while the kernel changes a link. Raises
+    OSError if the kernel does not answer, or has no rest.
     """
     for _ in range(DUMP_ATTEMPTS):
         with contextlib.suppress(InterruptedError):
-            return {facts.name: facts for facts in map(_facts, _links())}
+            addresses, xdp_features = _addresses(), _xdp_features()
+            links = _ask(NETLINK_ROUTE, ifinfmsg(), rtnl.RTM_GETLINK, NLM_F_DUMP)
+            return {
+                facts.name: facts
+                for link in links
+                for ifindex in (link["index"],)
+                for facts in (
+                    _facts(link, addresses.get(ifindex, _Addresses()), xdp_features.get(ifindex)),
+                )
+            }
     raise OSError(errno.EINTR, f"the links changed during each of {DUMP_ATTEMPTS} attempts to list them")
 
 
@@ -130,12 +279,18 @@ def xdp_program(name: str) -> XdpProgram | None:
     return None
 
 
+def _event_socket(protocol: int) -> socket.socket:
+    events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, protocol)
+    events.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, EVENT_BUFFER_BYTES)
+    return events
+
+
 class LinkMonitor:
-    """Calls on_change(facts) after interfaces or addresses of this network namespace have changed.
+    """Calls on_change(facts) after interfaces of this network namespace, or what they have, have changed.
 
     An async context manager. Between two calls there are at least COALESCE_S seconds, and every change is
     followed by a call, also one that the facts do not show: an address, or an interface that has gone and
-    come back the same. Every call carries all the interfaces, freshly read, so an overrun of the event socket
+    come back the same. Every call carries all the interfaces, freshly read, so an overrun of an event socket
     (ENOBUFS) loses nothing. `facts` are those of the last call, or of the start.
     """
 
@@ -149,13 +304,17 @@ class LinkMonitor:
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
         async with contextlib.AsyncExitStack() as stack:
-            events = stack.enter_context(IPRSocket(rcvbuf=EVENT_BUFFER_BYTES))
-            events.bind(EVENT_GROUPS)
-            events.socket.setblocking(False)
-            events.register_policy(dict.fromkeys(EVENT_TYPES, nlmsg))  # their types suffice: decode no more
+            events = stack.enter_context(_event_socket(NETLINK_ROUTE))
+            events.bind((0, EVENT_GROUPS))
+            sources = [(events, rtnl.RTM_NEWLINK)]
+            if family := await asyncio.to_thread(_netdev_family):
+                events = stack.enter_context(_event_socket(NETLINK_GENERIC))
+                events.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, family.event_group)
+                sources.append((events, family.message_type))
             self.facts = await asyncio.to_thread(read_interfaces)
-            loop.add_reader(events.fileno(), self._drain, events)
-            stack.callback(loop.remove_reader, events.fileno())
+            for source in sources:
+                loop.add_reader(source[0], self._drain, *source)
+                stack.callback(loop.remove_reader, source[0])
             reporter = loop.create_task(self._report(), name="mcr-link-monitor")
             stack.push_async_callback(asyncio.wait, [reporter])
             stack.callback(reporter.cancel)
@@ -165,18 +324,22 @@ class LinkMonitor:
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
-    def _drain(self, events: Any) -> None:
-        """Empties the event socket. What the events say is read afresh; only that they came counts."""
+    def _drain(self, events: socket.socket, shown_type: int) -> None:
+        """Empties an event socket. What the events say is read afresh; only that they came counts.
+
+        shown_type: the type of the messages that tell of nothing but what the facts show.
+        """
         for _ in range(EVENT_READS):
             try:
-                messages = events.get()
+                data = events.recv(RECEIVE_BYTES)
             except BlockingIOError:
                 return
             except OSError as error:
                 log.info("link events were lost (%s); reading all the links again", error.strerror)
                 self._forced = True
             else:
-                self._forced |= any(message["header"].get("type") != rtnl.RTM_NEWLINK for message in messages)
+                messages = Marshal().parse(data)
+                self._forced |= any(message["header"].get("type") != shown_type for message in messages)
             self._changed.set()
 
     async def _report(self) -> None:

@@ -12,13 +12,19 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Literal, TypeAlias
 
 from mcr.errors import McrError
-from mcr.stream import Output, Stream
+from mcr.stream import Address, Output, Stream
 
 # enum mcr_limit of bpf/relay_abi.h, which is compared with this by a test.
 MCR_MAX_RULES = 4096
 MCR_MAX_OUTPUTS = 8192
 MCR_MAX_OUTPUTS_PER_RULE = 64
 MCR_MAX_WORKERS = 64
+
+# enum netdev_xdp_act of linux/netdev.h
+XDP_FEATURE_NDO_XMIT = 4
+XDP_FEATURE_NDO_XMIT_SG = 64
+# The largest MTU whose frames, with two VLAN tags, headroom and skb_shared_info, fit a page.
+SINGLE_BUFFER_MTU = 3496
 
 RulePath: TypeAlias = Literal["kernel", "worker"]
 PathChoice: TypeAlias = Literal["auto", "kernel", "worker"]
@@ -117,6 +123,8 @@ def plan(rule: Rule, facts: Mapping[str, InterfaceFacts]) -> Plan:
         )
     if rule.path == "kernel":
         return Plan("kernel", "asked for")
+    if rule.path == "auto":
+        against_kernel += _reasons_for_worker(rule, facts)
     if rule.path == "auto" and not against_kernel:
         return Plan("kernel", "nothing stands against it")
     _check_worker_path(rule)
@@ -135,10 +143,69 @@ def _reasons_against_kernel(rule: Rule, facts: Mapping[str, InterfaceFacts]) -> 
     for output in rule.outputs:
         if output.address.version != family:
             yield f"output {output} is IPv{output.address.version} but the input is IPv{family}"
+        elif (
+            output.group
+            and output.source == "interface"
+            and output.interface in facts
+            and source_address(output, facts[output.interface]) is None
+        ):
+            yield f"{output.interface} has no IPv{family} address to send from"
     for interface in dict.fromkeys([rule.stream.interface, *egress]):
         if interface in facts and not facts[interface].ethernet:
             yield f"{interface} is not Ethernet"
-    yield "this version has no kernel path"
+    if rule.stream.interface in facts:
+        ingress = facts[rule.stream.interface]
+        yield from _reasons_of_ingress(rule, ingress)
+        for interface in dict.fromkeys(egress):
+            if interface in facts and ingress.mode != "generic":
+                yield from _reasons_of_egress(ingress, facts[interface])
+
+
+def _reasons_of_ingress(rule: Rule, ingress: InterfaceFacts) -> Iterator[str]:
+    if ingress.ingress == "packet":
+        yield f"{ingress.name} uses AF_PACKET, where no XDP program runs"
+    if ingress.mode == "generic" and len(rule.outputs) > 1:
+        yield f"{ingress.name} is attached in generic mode, which lets clones share one header"
+    if ingress.mtu > SINGLE_BUFFER_MTU and len(rule.outputs) > 1:
+        yield f"frames of {ingress.name}'s MTU {ingress.mtu} take several buffers, which cannot be cloned"
+
+
+def _reasons_of_egress(ingress: InterfaceFacts, egress: InterfaceFacts) -> Iterator[str]:
+    """A native redirect into a device that cannot transmit it is dropped without a word."""
+    needed = XDP_FEATURE_NDO_XMIT
+    if ingress.mtu > SINGLE_BUFFER_MTU:
+        needed |= XDP_FEATURE_NDO_XMIT_SG
+    if egress.xdp_features is None:
+        yield f"the kernel, before 6.3, does not tell whether {egress.name} can transmit redirected frames"
+    elif egress.xdp_features & needed != needed:
+        yield (
+            f"{egress.name} cannot transmit redirected frames "
+            "(its driver has no XDP transmit, or it is a veth whose peer has neither GRO nor XDP)"
+        )
+
+
+def _reasons_for_worker(rule: Rule, facts: Mapping[str, InterfaceFacts]) -> Iterator[str]:
+    """What the kernel path can carry, but only the worker path carries whole."""
+    ingress = facts.get(rule.stream.interface)
+    for output in rule.outputs:
+        egress = facts.get(output.interface)
+        if ingress and egress and egress.mtu < ingress.mtu:
+            yield (
+                f"{egress.name}'s MTU {egress.mtu} is smaller than {ingress.name}'s {ingress.mtu}, "
+                "and only the worker path fragments"
+            )
+
+
+def source_address(output: Output, facts: InterfaceFacts) -> Address | None:
+    """The address of an interface to send a group's packets from, None if it has none that fits.
+
+    A group of link-local scope takes the link-local address first (RFC 6724 section 5, rule 2).
+    """
+    if isinstance(output.address, IPv4Address):
+        return facts.ipv4
+    link_scope = output.address.packed[1] & 0x0F == 2
+    first, second = (facts.ipv6_link, facts.ipv6) if link_scope else (facts.ipv6, facts.ipv6_link)
+    return first or second
 
 
 def _check_worker_path(rule: Rule) -> None:

@@ -8,8 +8,9 @@ option; it says what shall be, and to whom.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,14 +76,19 @@ class Supervisor:
 
     @property
     def facts(self) -> Mapping[str, InterfaceFacts]:
-        """The interfaces as they are now."""
-        return self._monitor.facts
+        """The interfaces as they are now, with how they are attached."""
+        facts = dict(self._monitor.facts)
+        for name, interface in self.attached.items():
+            if name in facts:
+                facts[name] = replace(facts[name], mode=interface.mode, ingress=interface.ingress)
+        return facts
 
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:
             await asyncio.to_thread(loader.load, self.instance)
             stack.callback(loader.unload, self.instance)
             self.maps = stack.enter_context(Maps(self.instance))
+            stack.callback(os.close, loader.trace_redirects(self.maps.tracepoint_fd))
             await self.membership.start()
             stack.push_async_callback(self.membership.stop)
             await stack.enter_async_context(self._monitor)
@@ -209,9 +215,12 @@ class Supervisor:
         before = lookups_needed([each.rule.stream for each in self.desired.rules.values()])
         needed = lookups_needed([rule.stream for rule in rules])
         self._assign_ids(rules)
+        await self._attach_interfaces(state, quietly)
         self.desired = realise(rules, state.attachments, self.facts, self._ids)
         self.maps.set_lookups(before | needed)
-        await self._apply_interfaces(state, quietly)
+        for name, interface in self.attached.items():
+            with _logging_errors(name, quietly):
+                await interface.put(self.desired.interfaces[name])
         self.maps.set_lookups(needed)
         for failure in await self.membership.set(self.desired.memberships):
             log.error("%s (%s)", failure.cause, failure.remedy)
@@ -223,7 +232,7 @@ class Supervisor:
         for output_id in new_outputs:
             self.maps.clear_output(output_id)
 
-    async def _apply_interfaces(self, state: DesiredState, quietly: bool) -> None:
+    async def _attach_interfaces(self, state: DesiredState, quietly: bool) -> None:
         for name, interface in list(self.attached.items()):
             if state.attachments.get(name) != interface.attachment:
                 await interface.stop()
@@ -234,12 +243,8 @@ class Supervisor:
                 slot = self._slots.take() - 1
                 self.maps.clear_worker(slot)
                 self.attached[name] = AttachedInterface(attachment, self.maps, slot, slot * MAX_QUEUES)
-            try:
-                await self.attached[name].apply(self.facts.get(name), self.desired.interfaces[name])
-            except McrError as error:
-                if not quietly:
-                    raise
-                log.error("%s: %s (%s)", name, error.cause, error.remedy)
+            with _logging_errors(name, quietly):
+                await self.attached[name].prepare(self._monitor.facts.get(name))
 
     # --- by itself
 
@@ -261,6 +266,17 @@ class Supervisor:
             await asyncio.sleep(RETRY_INTERVAL_S)
             if any(each.pending and each.name in self.facts for each in self.attached.values()):
                 await self._apply_again()
+
+
+@contextlib.contextmanager
+def _logging_errors(interface: str, quietly: bool) -> Iterator[None]:
+    """quietly: an error is logged instead of raised."""
+    try:
+        yield
+    except McrError as error:
+        if not quietly:
+            raise
+        log.error("%s: %s (%s)", interface, error.cause, error.remedy)
 
 
 def _no_interface(interface: str) -> McrError:

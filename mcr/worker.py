@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mcr._bpf import ffi, lib
-from mcr.desired import OutputSpec, RuleSpec, WorkerSetup
+from mcr.desired import OutputSpec, RuleSpec, WorkerSetup, output_flags
 from mcr.errors import McrError
 from mcr.maps import MAX_QUEUES, address_bytes
 
@@ -112,12 +112,7 @@ class WorkerProcess:
         command = ffi.new("struct mcr_command *", {"type": lib.MCR_ADD_OUTPUT})
         body, output = command.output, spec.output
         body.output_id = spec.output_id
-        body.flags = (
-            (lib.MCR_OUTPUT_KEEP_PORT if output.port is None else 0)
-            | (lib.MCR_OUTPUT_PRESERVE_DSCP if output.dscp is None else 0)
-            | (lib.MCR_OUTPUT_DECREMENT_TTL if output.ttl is None else 0)
-            | (lib.MCR_OUTPUT_PRESERVE_SOURCE if output.source == "preserve" else 0)
-        )
+        body.flags = output_flags(output)
         body.family = udp.family
         body.dport = output.port or 0
         body.scope_id = spec.ifindex if output.group or output.address.is_link_local else 0

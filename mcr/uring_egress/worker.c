@@ -106,12 +106,45 @@ static uint64_t now_ms(void)
 	return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
 }
 
-static int handle_command(struct worker *worker)
+static int relay_batch(struct worker *worker)
 {
 	int status;
 
+	worker->counters->batches++;
+	worker->counters->packets += worker->batch_count;
+	status = egress_relay(worker);
+	return status ? status : worker_submit_and_reap(worker);
+}
+
+/*
+ * Relays what already waits in the receive rings, which is no more than the pool. A rule is deleted after
+ * that, so that the packets which were redirected while XDP still knew it are not lost.
+ */
+static int relay_waiting(struct worker *worker)
+{
+	uint32_t limit = worker->setup.frame_count / BATCH_PACKETS + worker->setup.queue_count;
+
+	for (uint32_t i = 0; i < limit; i++) {
+		int status = worker->ingress->take(worker);
+
+		if (status || !worker->batch_count)
+			return status;
+		status = relay_batch(worker);
+		if (status)
+			return status;
+	}
+	return 0;
+}
+
+static int handle_command(struct worker *worker)
+{
+	int status = 0;
+
 	worker->command_ready = false;
-	status = commands_complete(worker, worker->command_result);
+	if (worker->command_result == sizeof(worker->command) && worker->command.type == MCR_DEL_RULE)
+		status = relay_waiting(worker);
+	if (!status)
+		status = commands_complete(worker, worker->command_result);
 	if (!status && worker->stopping)
 		status = worker->ingress->stop(worker);
 	return status;
@@ -120,19 +153,14 @@ static int handle_command(struct worker *worker)
 /* Relays what has arrived. Returns how many packets that were, or -errno. */
 static int step(struct worker *worker)
 {
-	int status = worker->ingress->take(worker);
-	uint32_t count = worker->batch_count;
+	int status = worker->ingress->take(worker), count = (int)worker->batch_count;
 
 	if (status)
 		return status;
 	if (!count)
 		return idle(worker);
-	worker->counters->batches++;
-	worker->counters->packets += count;
-	status = egress_relay(worker);
-	if (!status)
-		status = worker_submit_and_reap(worker);
-	return status ? status : (int)count;
+	status = relay_batch(worker);
+	return status ? status : count;
 }
 
 static int loop(struct worker *worker)

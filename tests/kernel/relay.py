@@ -115,7 +115,7 @@ class Relay:
     ) -> None:
         """Adds a rule on the first interface, and the lookup that it needs."""
         key = rule_key(stream, self.ifindex)
-        self.maps.set_rule(key, rule_id, xsk_base, frame_limit)
+        self.maps.set_rule(key, {"rule_id": rule_id, "xsk_base": xsk_base, "frame_limit": frame_limit})
         self._rules[rule_id] = stream, key
         self.maps.set_lookups(lookups_needed([each for each, _ in self._rules.values()]))
 

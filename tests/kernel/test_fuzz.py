@@ -120,7 +120,7 @@ class Comparison:
 
     def put_rule(self, rule_id: int, key: dict[str, Any]) -> Any:
         made = ffi.new("struct mcr_rule_key *", {"ifindex": self.relay.ifindex, **key})
-        self.relay.maps.set_rule(made, rule_id, 0, NO_LIMIT)
+        self.relay.maps.set_rule(made, {"rule_id": rule_id, "xsk_base": 0, "frame_limit": NO_LIMIT})
         return made
 
     def compare(self, frame: bytes) -> None:

@@ -111,7 +111,10 @@ def test_stale_pins_are_replaced(instance: str) -> None:
     loader.load(instance)
     stale = program_id(instance)
     with Maps(instance) as maps:
-        maps.set_rule(rule_key(parse_stream("239.1.1.1%in0:5000"), 9), 1, 0, 1522)
+        maps.set_rule(
+            rule_key(parse_stream("239.1.1.1%in0:5000"), 9),
+            {"rule_id": 1, "xsk_base": 0, "frame_limit": 1522},
+        )
     loader.load(instance)
     assert pins(instance) == PINS
     assert program_id(instance) != stale
@@ -225,7 +228,7 @@ def test_bpftool_prints_rules_by_the_names_of_their_fields(instance: str) -> Non
     loader.load(instance)
     with Maps(instance) as maps:
         stream = parse_stream("10.0.0.7@239.1.1.1%in0:5000,vlan=200.100")
-        maps.set_rule(rule_key(stream, 9), 3, 64, 1522)
+        maps.set_rule(rule_key(stream, 9), {"rule_id": 3, "xsk_base": 64, "frame_limit": 1522})
     rules = pin_dir(instance) / "rules"
     (entry,) = bpftool("map", "dump", "pinned", rules)
     mapped = [0] * 10 + [255, 255]
