@@ -34,7 +34,7 @@ class WorkerGoneError(Exception):
 def _set_up_error(code: int, cause: str) -> McrError:
     remedies = {
         errno.EOPNOTSUPP: "choose --zero-copy off, or --ingress packet",
-        errno.EBUSY: "end the other program that uses the interface's receive queues, or choose --ingress packet",
+        errno.EBUSY: "end the other user of the interface's AF_XDP queues, or choose --ingress packet",
         errno.EMFILE: "raise the limit of open files (ulimit -n, LimitNOFILE=)",
         errno.ENOMEM: "free memory, or raise the limit of locked memory (ulimit -l, LimitMEMLOCK=)",
         errno.ENOBUFS: "raise the limit of locked memory (ulimit -l, LimitMEMLOCK=)",
