@@ -6,6 +6,7 @@ decide what a worker shall do nor whether it lives again; `attached.py` does.
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -28,6 +29,18 @@ log = logging.getLogger(__name__)
 
 class WorkerGoneError(Exception):
     """The worker ended, or stopped answering, before it acknowledged a command."""
+
+
+def _set_up_error(code: int, cause: str) -> McrError:
+    remedies = {
+        errno.EOPNOTSUPP: "choose --zero-copy off, or --ingress packet",
+        errno.EBUSY: "end the other user of the interface's AF_XDP queues, or choose --ingress packet",
+        errno.EMFILE: "raise the limit of open files (ulimit -n, LimitNOFILE=)",
+        errno.ENOMEM: "free memory, or raise the limit of locked memory (ulimit -l, LimitMEMLOCK=)",
+        errno.ENOBUFS: "raise the limit of locked memory (ulimit -l, LimitMEMLOCK=)",
+        errno.EPERM: "run the supervisor as root, or with CAP_NET_RAW and CAP_BPF",
+    }
+    return McrError(cause, remedies.get(code, "see docs/KERNEL-SUPPORT.md"))
 
 
 class WorkerProcess:
@@ -101,10 +114,7 @@ class WorkerProcess:
         if reply.status:
             for fd in sockets:
                 os.close(fd)
-            raise McrError(
-                ffi.string(reply.message).decode(errors="replace"),
-                "choose another --ingress or --zero-copy, or see mcr status",
-            )
+            raise _set_up_error(-reply.status, ffi.string(reply.message).decode(errors="replace"))
         return sockets, bool(reply.zero_copy)
 
     async def add_output(self, spec: OutputSpec, udp: socket.socket) -> None:

@@ -316,9 +316,10 @@ def test_random_frames_on_the_wire_harm_nothing(lab: Lab, ingress: str) -> None:
 
 def _balanced(lab: Lab, relay: Namespace) -> bool:
     rule, output = stats(lab, relay)
-    return rule["received_packets"] == rule["relayed_packets"] + sum(dropped(rule).values()) and rule[
-        "relayed_packets"
-    ] == output["sent_packets"] + sum(dropped(output).values())
+    relayed: int = rule["relayed_packets"]
+    received: int = relayed + sum(dropped(rule).values())
+    sent: int = relayed - sum(dropped(output).values())
+    return (rule["received_packets"], output["sent_packets"]) == (received, sent)
 
 
 def test_metrics_tell_the_exact_counts(lab: Lab) -> None:
