@@ -14,42 +14,23 @@ import os
 import socket
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import ip_address
 from typing import Any, Literal, Self
 
+from pyroute2 import netlink
 from pyroute2.arp import ARPHRD_ETHER
 from pyroute2.ethtool.ioctl import EthtoolError, IoctlEthtool
-from pyroute2.netlink import (
-    CTRL_CMD_GETFAMILY,
-    GENL_ID_CTRL,
-    NETLINK_ADD_MEMBERSHIP,
-    NETLINK_GENERIC,
-    NETLINK_ROUTE,
-    NLM_F_DUMP,
-    NLM_F_DUMP_INTR,
-    NLM_F_REQUEST,
-    NLMSG_DONE,
-    SOL_NETLINK,
-    ctrlmsg,
-    genlmsg,
-    nlmsg,
-    rtnl,
-)
+from pyroute2.netlink import rtnl
 from pyroute2.netlink.marshal import Marshal
-from pyroute2.netlink.rtnl.ifaddrmsg import (
-    IFA_F_DADFAILED,
-    IFA_F_DEPRECATED,
-    IFA_F_SECONDARY,
-    IFA_F_TEMPORARY,
-    IFA_F_TENTATIVE,
-    ifaddrmsg,
-)
+from pyroute2.netlink.rtnl import ifaddrmsg as ifa
 from pyroute2.netlink.rtnl.ifinfmsg import IFF_RUNNING, IFF_UP, ifinfmsg
 
 from mcr.errors import McrError
 from mcr.rule import InterfaceFacts
 
 EVENT_GROUPS = rtnl.RTMGRP_LINK | rtnl.RTMGRP_IPV4_IFADDR | rtnl.RTMGRP_IPV6_IFADDR
+LAST_RESORT = ifa.IFA_F_DEPRECATED | ifa.IFA_F_TEMPORARY  # IPv6 only
+SCOPE_LINK, SCOPE_HOST = rtnl.rt_scope["link"], rtnl.rt_scope["host"]
 EVENT_BUFFER_BYTES = 1 << 20
 RECEIVE_BYTES = 1 << 15  # the largest part that the kernel makes of an answer
 REQUEST_TIMEOUT_S = 5.0
@@ -57,8 +38,7 @@ DUMP_ATTEMPTS = 10
 COALESCE_S = 0.05
 EVENT_READS = 64  # from an event socket, before other work of the loop gets its turn
 
-NETDEV_FAMILY = "netdev"
-NETDEV_EVENT_GROUP = "mgmt"
+NETDEV_FAMILY, NETDEV_EVENT_GROUP = "netdev", "mgmt"
 NETDEV_CMD_DEV_GET = 1  # linux/netdev.h
 
 XdpMode = Literal["native", "generic", "offload"]
@@ -74,34 +54,20 @@ class XdpProgram:
     program_id: int
 
 
-class _DeviceMessage(genlmsg):  # type: ignore[misc]
+class _DeviceMessage(netlink.genlmsg):  # type: ignore[misc]
     """NETDEV_CMD_DEV_GET and its answers (linux/netdev.h)."""
 
     __slots__ = ()
     prefix = "NETDEV_A_DEV_"
-    nla_map = (
-        ("NETDEV_A_DEV_UNSPEC", "none"),
-        ("NETDEV_A_DEV_IFINDEX", "uint32"),
-        ("NETDEV_A_DEV_PAD", "none"),
-        ("NETDEV_A_DEV_XDP_FEATURES", "uint64"),
+    nla_map = tuple(
+        (f"NETDEV_A_DEV_{name}", kind)
+        for name, kind in (
+            ("UNSPEC", "none"),
+            ("IFINDEX", "uint32"),
+            ("PAD", "none"),
+            ("XDP_FEATURES", "uint64"),
+        )
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _NetdevFamily:
-    """The numbers of the generic netlink family that tells XDP features."""
-
-    message_type: int
-    event_group: int
-
-
-@dataclass(slots=True)
-class _Addresses:
-    """The primary addresses of one interface, as in InterfaceFacts."""
-
-    ipv4: IPv4Address | None = None
-    ipv6: IPv6Address | None = None
-    ipv6_link: IPv6Address | None = None
 
 
 def _ask(protocol: int, request: Any, message_type: int, flags: int = 0) -> Generator[Any, None, None]:
@@ -110,25 +76,25 @@ def _ask(protocol: int, request: Any, message_type: int, flags: int = 0) -> Gene
     One at a time, because each takes much memory. Raises OSError: what the kernel answers, EINTR if something
     changed during the dump.
     """
-    request["header"].update(type=message_type, flags=NLM_F_REQUEST | flags)
+    request["header"].update(type=message_type, flags=netlink.NLM_F_REQUEST | flags)
     request.encode()
     marshal = Marshal()
     marshal.default_message_class = type(request)
-    marshal.msg_map[NLMSG_DONE] = nlmsg
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
-        netlink.settimeout(REQUEST_TIMEOUT_S)
-        netlink.send(request.data)
+    marshal.msg_map[netlink.NLMSG_DONE] = netlink.nlmsg
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as kernel:
+        kernel.settimeout(REQUEST_TIMEOUT_S)
+        kernel.send(request.data)
         while True:
-            for message in marshal.parse(netlink.recv(RECEIVE_BYTES)):
+            for message in marshal.parse(kernel.recv(RECEIVE_BYTES)):
                 header = message["header"]
                 if header["error"] is not None:
                     raise OSError(getattr(header["error"], "code", errno.EBADMSG), str(header["error"]))
-                if header["flags"] & NLM_F_DUMP_INTR:
+                if header["flags"] & netlink.NLM_F_DUMP_INTR:
                     raise InterruptedError(errno.EINTR, "something changed while it was listed")
-                if header["type"] == NLMSG_DONE:
+                if header["type"] == netlink.NLMSG_DONE:
                     return
                 yield message
-                if not flags & NLM_F_DUMP:
+                if not flags & netlink.NLM_F_DUMP:
                     return
 
 
@@ -136,7 +102,7 @@ def _link(name: str) -> Any:
     request = ifinfmsg()
     request["attrs"] = [("IFLA_IFNAME", os.fsencode(name))]
     try:
-        (link,) = _ask(NETLINK_ROUTE, request, rtnl.RTM_GETLINK)
+        (link,) = _ask(netlink.NETLINK_ROUTE, request, rtnl.RTM_GETLINK)
     except OSError as error:
         if error.errno in (errno.ENODEV, errno.EINVAL, errno.ERANGE):
             raise McrError(f"there is no interface {name}", "see which there are: ip link") from None
@@ -144,12 +110,15 @@ def _link(name: str) -> Any:
     return link
 
 
-def _netdev_family() -> _NetdevFamily | None:
-    """None where the kernel has no such family: Linux before 6.3."""
-    request = ctrlmsg()
-    request.update(cmd=CTRL_CMD_GETFAMILY, version=1, attrs=[("CTRL_ATTR_FAMILY_NAME", NETDEV_FAMILY)])
+def _netdev_family() -> tuple[int, int] | None:
+    """The message type of the generic netlink family that tells XDP features, and the group of its events.
+
+    None where the kernel has no such family: Linux before 6.3.
+    """
+    request = netlink.ctrlmsg()
+    request.update(cmd=netlink.CTRL_CMD_GETFAMILY, attrs=[("CTRL_ATTR_FAMILY_NAME", NETDEV_FAMILY)])
     try:
-        (family,) = _ask(NETLINK_GENERIC, request, GENL_ID_CTRL)
+        (family,) = _ask(netlink.NETLINK_GENERIC, request, netlink.GENL_ID_CTRL)
     except OSError as error:
         if error.errno == errno.ENOENT:
             return None
@@ -158,63 +127,53 @@ def _netdev_family() -> _NetdevFamily | None:
         group.get_attr("CTRL_ATTR_MCAST_GRP_NAME"): group.get_attr("CTRL_ATTR_MCAST_GRP_ID")
         for group in family.get_attr("CTRL_ATTR_MCAST_GROUPS")
     }
-    return _NetdevFamily(family.get_attr("CTRL_ATTR_FAMILY_ID"), groups[NETDEV_EVENT_GROUP])
+    return family.get_attr("CTRL_ATTR_FAMILY_ID"), groups[NETDEV_EVENT_GROUP]
 
 
 def _xdp_features() -> dict[int, int]:
-    """XDP features by interface index, of no interface if the kernel does not tell them."""
+    """The XDP features by interface index; empty if the kernel does not tell them."""
     family = _netdev_family()
     if family is None:
         return {}
     request = _DeviceMessage()
-    request.update(cmd=NETDEV_CMD_DEV_GET, version=1)
-    return {
-        device.get_attr("NETDEV_A_DEV_IFINDEX"): device.get_attr("NETDEV_A_DEV_XDP_FEATURES")
-        for device in _ask(NETLINK_GENERIC, request, family.message_type, NLM_F_DUMP)
-    }
+    request["cmd"] = NETDEV_CMD_DEV_GET
+    devices = _ask(netlink.NETLINK_GENERIC, request, family[0], netlink.NLM_F_DUMP)
+    return {device.get("ifindex"): device.get("xdp_features") for device in devices}
 
 
-def _sendable(message: Any) -> tuple[int, bool, int, IPv4Address | IPv6Address] | None:
-    """Scope, whether it is a last resort, interface index and address, if it is one to send from."""
-    flags: int = message.get_attr("IFA_FLAGS")
-    if message["scope"] >= rtnl.rt_scope["host"]:
-        return None
-    if message["family"] == socket.AF_INET:
-        unusable, last_resort = IFA_F_SECONDARY, 0
-    elif message["family"] == socket.AF_INET6:
-        unusable, last_resort = IFA_F_TENTATIVE | IFA_F_DADFAILED, IFA_F_DEPRECATED | IFA_F_TEMPORARY
+def _is_sendable(address: Any) -> bool:
+    if address["family"] == socket.AF_INET:
+        unusable = ifa.IFA_F_SECONDARY
+    elif address["family"] == socket.AF_INET6:
+        unusable = ifa.IFA_F_TENTATIVE | ifa.IFA_F_DADFAILED
     else:
-        return None
-    if flags & unusable:
-        return None
-    # Where there is a peer, IFA_ADDRESS is the peer's.
-    address = ip_address(message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
-    return message["scope"], bool(flags & last_resort), message["index"], address
+        return False
+    return address["scope"] < SCOPE_HOST and not address.get_attr("IFA_FLAGS") & unusable
 
 
-def _addresses() -> dict[int, _Addresses]:
-    """The primary addresses by interface index.
+def _addresses() -> dict[int, dict[str, Any]]:
+    """The primary addresses by interface index, then by their names in InterfaceFacts.
 
-    They are chosen as the kernel does for a socket that sends to a group: the widest scope first, then the
-    kernel's own order; of IPv4, none that is secondary; of IPv6, none that is not known to be unique, and a
-    deprecated or temporary one only if there is no other (RFC 6724 section 5).
+    Chosen as the kernel does for a socket that sends to a group: the widest scope first, then the kernel's
+    own order; of IPv4 none that is secondary; of IPv6 none that may not be unique, and a deprecated or
+    temporary one only if there is no other (RFC 6724 section 5).
     """
-    answers = _ask(NETLINK_ROUTE, ifaddrmsg(), rtnl.RTM_GETADDR, NLM_F_DUMP)
-    sendable = [each for each in map(_sendable, answers) if each is not None]
-    sendable.sort(key=lambda each: each[:2])
-    primary: dict[int, _Addresses] = {}
-    for scope, _, ifindex, address in sendable:
-        of_interface = primary.setdefault(ifindex, _Addresses())
-        if isinstance(address, IPv4Address):
-            of_interface.ipv4 = of_interface.ipv4 or address
-        elif scope == rtnl.rt_scope["link"]:
-            of_interface.ipv6_link = of_interface.ipv6_link or address
-        else:
-            of_interface.ipv6 = of_interface.ipv6 or address
+    found: list[tuple[int, bool, str, int, str]] = []
+    for address in _ask(netlink.NETLINK_ROUTE, ifa.ifaddrmsg(), rtnl.RTM_GETADDR, netlink.NLM_F_DUMP):
+        if _is_sendable(address):
+            ipv6 = "ipv6_link" if address["scope"] == SCOPE_LINK else "ipv6"
+            kind = "ipv4" if address["family"] == socket.AF_INET else ipv6
+            last_resort = kind != "ipv4" and address.get_attr("IFA_FLAGS") & LAST_RESORT
+            # IFA_ADDRESS is the peer's where there is one.
+            own = address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS")
+            found.append((address["scope"], bool(last_resort), kind, address["index"], own))
+    primary: dict[int, dict[str, Any]] = {}
+    for _, _, kind, ifindex, own in sorted(found, key=lambda each: each[:2]):
+        primary.setdefault(ifindex, {}).setdefault(kind, ip_address(own))
     return primary
 
 
-def _facts(link: Any, addresses: _Addresses, xdp_features: int | None) -> InterfaceFacts:
+def _facts(link: Any, addresses: dict[int, dict[str, Any]], xdp_features: dict[int, int]) -> InterfaceFacts:
     ethernet = link["ifi_type"] == ARPHRD_ETHER
     return InterfaceFacts(
         name=os.fsdecode(link.get("ifname")),  # pyroute2 leaves what is not UTF-8 as bytes
@@ -223,10 +182,8 @@ def _facts(link: Any, addresses: _Addresses, xdp_features: int | None) -> Interf
         up=link["flags"] & (IFF_UP | IFF_RUNNING) == IFF_UP | IFF_RUNNING,
         ethernet=ethernet,
         mac=link.get("address") if ethernet else "",
-        ipv4=addresses.ipv4,
-        ipv6=addresses.ipv6,
-        ipv6_link=addresses.ipv6_link,
-        xdp_features=xdp_features,
+        xdp_features=xdp_features.get(link["index"]),
+        **addresses.get(link["index"], {}),
     )
 
 
@@ -240,15 +197,9 @@ def read_interfaces() -> dict[str, InterfaceFacts]:
     for _ in range(DUMP_ATTEMPTS):
         with contextlib.suppress(InterruptedError):
             addresses, xdp_features = _addresses(), _xdp_features()
-            links = _ask(NETLINK_ROUTE, ifinfmsg(), rtnl.RTM_GETLINK, NLM_F_DUMP)
-            return {
-                facts.name: facts
-                for link in links
-                for ifindex in (link["index"],)
-                for facts in (
-                    _facts(link, addresses.get(ifindex, _Addresses()), xdp_features.get(ifindex)),
-                )
-            }
+            links = _ask(netlink.NETLINK_ROUTE, ifinfmsg(), rtnl.RTM_GETLINK, netlink.NLM_F_DUMP)
+            found = (_facts(link, addresses, xdp_features) for link in links)
+            return {facts.name: facts for facts in found}
     raise OSError(errno.EINTR, f"the links changed during each of {DUMP_ATTEMPTS} attempts to list them")
 
 
@@ -304,13 +255,14 @@ class LinkMonitor:
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
         async with contextlib.AsyncExitStack() as stack:
-            events = stack.enter_context(_event_socket(NETLINK_ROUTE))
+            events = stack.enter_context(_event_socket(netlink.NETLINK_ROUTE))
             events.bind((0, EVENT_GROUPS))
             sources = [(events, rtnl.RTM_NEWLINK)]
             if family := await asyncio.to_thread(_netdev_family):
-                events = stack.enter_context(_event_socket(NETLINK_GENERIC))
-                events.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, family.event_group)
-                sources.append((events, family.message_type))
+                message_type, group = family
+                events = stack.enter_context(_event_socket(netlink.NETLINK_GENERIC))
+                events.setsockopt(netlink.SOL_NETLINK, netlink.NETLINK_ADD_MEMBERSHIP, group)
+                sources.append((events, message_type))
             self.facts = await asyncio.to_thread(read_interfaces)
             for source in sources:
                 loop.add_reader(source[0], self._drain, *source)

@@ -173,13 +173,13 @@ class Lab:
         )
         ends = ((a, interface_a, addresses_a), (b, interface_b, addresses_b))
         for namespace, interface, addresses in ends:
-            if gro is not None:
-                self.run(namespace, ["ethtool", "-K", interface, "gro", "on" if gro else "off"])
             for address in addresses:
                 self.ip(namespace, f"address add {address} dev {interface}")
             self.ip(namespace, f"link set {interface} up")
         for namespace, interface, _ in ends:
             self._wait_until_up(namespace, interface)
+            if gro is not None:  # once it is up: only then does the kernel tell the peer's XDP features anew
+                self.run(namespace, ["ethtool", "-K", interface, "gro", "on" if gro else "off"])
 
     def _wait_until_up(self, namespace: Namespace, interface: str) -> None:
         """The kernel drops what is sent before it has handled the carrier's coming."""
