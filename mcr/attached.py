@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -64,8 +64,12 @@ class AttachedInterface:
     none; pending says why it is not working, if it is not.
     """
 
-    def __init__(self, attachment: Attachment, maps: Maps, slot: int, xsk_base: int) -> None:
+    def __init__(
+        self, instance: str, attachment: Attachment, maps: Maps, slot: int, xsk_base: int, keep: bool
+    ) -> None:
+        self.instance = instance
         self.attachment = attachment
+        self.keep = keep
         self.slot = slot
         self.xsk_base = xsk_base
         self.mode: Literal["", "native", "generic"] = ""
@@ -141,6 +145,23 @@ class AttachedInterface:
             await self._take_down()
             self.pending = "stopped"
 
+    async def leave(self) -> None:
+        """Ends the worker and its rules, and leaves the kernel path as it is."""
+        async with self._turn:
+            self._in_place.map_rules = {
+                rule_id: rule for rule_id, rule in self._in_place.map_rules.items() if not rule.kernel
+            }
+            if self._link is not None:
+                self._link.let_go()
+                self._link = None
+            await self._take_down()
+            self.pending = "stopped"
+
+    @property
+    def map_rules(self) -> Iterable[RuleSpec]:
+        """The rules that are in the map because of this interface."""
+        return self._in_place.map_rules.values()
+
     # --- up and down
 
     def _must_restart(self, facts: InterfaceFacts | None) -> bool:
@@ -166,7 +187,9 @@ class AttachedInterface:
             return
         mode = self.attachment.mode
         try:
-            self._link = loader.attach(self._maps.program_fd, self.name, facts.ifindex, mode)
+            self._link = self._adopt(facts) or loader.attach(
+                self._maps.program_fd, self.name, facts.ifindex, mode
+            )
         except loader.XdpUnsupportedError as error:
             if self.attachment.ingress != "auto" or mode != "auto":
                 raise
@@ -174,7 +197,17 @@ class AttachedInterface:
             self.ingress = "packet"
             return
         self.mode = self._link.mode
+        if self.keep and self._link.pin is None:
+            self._link.keep(loader.link_dir(self.instance) / str(facts.ifindex))
         log.info("%s: attached in %s mode", self.name, self.mode)
+
+    def _adopt(self, facts: InterfaceFacts) -> loader.Link | None:
+        """A link that an earlier supervisor left, if it is in a mode that is wanted."""
+        link = loader.adopt_link(self.instance, facts.ifindex, self.name)
+        if link is not None and self.attachment.mode not in ("auto", link.mode):
+            link.close()
+            return None
+        return link
 
     def _detach(self) -> None:
         if self._link is not None:

@@ -136,6 +136,10 @@ class IdPool:
     def give(self, number: int) -> None:
         self._free.append(number)
 
+    def reserve(self, number: int) -> None:
+        """Takes one that is known. Raises ValueError if it is not free."""
+        self._free.remove(number)
+
 
 @dataclass(slots=True)
 class Ids:
@@ -145,6 +149,16 @@ class Ids:
     outputs: dict[tuple[str, str], int] = field(default_factory=dict)
     _free_rules: IdPool = field(default_factory=lambda: IdPool(MAX_RULES))
     _free_outputs: IdPool = field(default_factory=lambda: IdPool(MAX_OUTPUTS))
+
+    @classmethod
+    def of(cls, rules: dict[str, int], outputs: dict[tuple[str, str], int]) -> "Ids":
+        """Ids that were given out before. Raises ValueError if two are alike or one is out of range."""
+        ids = cls(rules, outputs)
+        for number in rules.values():
+            ids._free_rules.reserve(number)
+        for number in outputs.values():
+            ids._free_outputs.reserve(number)
+        return ids
 
     def assign(self, rules: Iterable[Rule]) -> tuple[list[int], list[int]]:
         """Ids for exactly these rules and their outputs. Returns the new rule_ids and output_ids."""

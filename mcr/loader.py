@@ -70,6 +70,11 @@ def pin_dir(instance: str) -> Path:
     return BPFFS / "mcr" / instance
 
 
+def link_dir(instance: str) -> Path:
+    """Where links are pinned that shall outlive the supervisor, each under its interface's index."""
+    return pin_dir(instance) / "links"
+
+
 # --- in the child -----------------------------------------------------------------------------
 
 
@@ -251,27 +256,66 @@ def open_pin(instance: str, name: str) -> int:
 
 @dataclass(slots=True)
 class Link:
-    """An XDP program attached to an interface, for as long as the descriptor is open.
+    """An XDP program attached to an interface, for as long as the descriptor is open or the link is pinned.
 
-    The link is held, not pinned: when a supervisor dies, however it dies, the kernel detaches the
-    program and the interface's traffic goes to the stack again instead of to a worker that is gone.
+    Usually it is held, not pinned: when a supervisor dies, however it dies, the kernel detaches the program
+    and the interface's traffic goes to the stack again instead of to a worker that is gone.
     """
 
     fd: int
     mode: Mode
+    pin: Path | None = None
 
-    def close(self) -> None:
+    def keep(self, path: Path) -> None:
+        """Pins the link, so that it outlives this process."""
+        path.parent.mkdir(exist_ok=True)
+        _pin(self.fd, path)
+        self.pin = path
+
+    def let_go(self) -> None:
+        """Closes the descriptor; a pinned link goes on."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def close(self) -> None:
+        """Detaches the program."""
+        if self.pin is not None:
+            self.pin.unlink(missing_ok=True)
+            self.pin = None
+        self.let_go()
+
+
+def adopt_link(instance: str, ifindex: int, interface: str) -> Link | None:
+    """The link that an earlier supervisor pinned for the interface, None if there is none."""
+    from mcr.netlink import xdp_program
+
+    path = link_dir(instance) / str(ifindex)
+    attached = xdp_program(interface)
+    if not path.exists() or attached is None or attached.mode == "offload":
+        return None
+    return Link(open_pin(instance, f"links/{ifindex}"), attached.mode, path)
+
+
+def drop_links(instance: str, but: set[int]) -> None:
+    """Detaches what an earlier supervisor left attached, but from these interfaces."""
+    for path in link_dir(instance).glob("*"):
+        if path.name not in {str(ifindex) for ifindex in but}:
+            path.unlink()
 
 
 class XdpUnsupportedError(McrError):
     """The interface cannot run XDP in the mode asked for."""
 
 
-def trace_redirects(program_fd: int) -> int:
-    """Attaches mcr_devmap_xmit to its tracepoint, for as long as the returned descriptor is open."""
+def trace_redirects(instance: str, program_fd: int, keep: bool) -> int:
+    """Attaches mcr_devmap_xmit to its tracepoint, for as long as the returned descriptor is open or pinned.
+
+    It is adopted if it is pinned already, and pinned if it shall be kept.
+    """
+    path = pin_dir(instance) / "tracepoint"
+    if path.exists():
+        return open_pin(instance, "tracepoint")
     fd = int(lib.bpf_raw_tracepoint_open(TRACEPOINT.encode(), program_fd))
     if fd < 0:
         raise McrError(
@@ -279,6 +323,8 @@ def trace_redirects(program_fd: int) -> int:
             "run as root, or with CAP_PERFMON",
         )
     os.set_inheritable(fd, False)
+    if keep:
+        _pin(fd, path)
     return fd
 
 

@@ -236,6 +236,24 @@ class Maps:
         """Deletes a rule; one that is not there is no error."""
         lib.bpf_map_delete_elem(self._fds["rules"], key)
 
+    def rule_keys(self) -> list[bytes]:
+        """The key of every rule in the map."""
+        return self._keys("rules", "struct mcr_rule_key")
+
+    def egress_keys(self) -> set[tuple[int, int]]:
+        """Every (rule_id, ifindex) that has an egress entry."""
+        keys = self._keys("egress_outputs", "struct mcr_egress_key")
+        entries = (ffi.cast("struct mcr_egress_key *", ffi.from_buffer(key)) for key in keys)
+        return {(int(entry.rule_id), int(entry.ifindex)) for entry in entries}
+
+    def _keys(self, name: str, struct: str) -> list[bytes]:
+        keys: list[bytes] = []
+        key, following = ffi.NULL, ffi.new(f"{struct} *")
+        while lib.bpf_map_get_next_key(self._fds[name], key, following) == 0:
+            keys.append(bytes(ffi.buffer(following)))
+            key, following = following, ffi.new(f"{struct} *")
+        return keys
+
     def set_xsk(self, index: int, socket_fd: int) -> None:
         self._update("xsks", ffi.new("__u32 *", index), ffi.new("int *", socket_fd))
 

@@ -1,9 +1,9 @@
-"""Links, their addresses and XDP features in this network namespace, and the events of all these.
+"""Links, their addresses and XDP features in this network namespace, and their events.
 
-The messages are pyroute2's, the sockets are not: its generic netlink socket is driven by asyncio, while these
-work inside a running event loop and outside of one, in the network namespace of the calling thread, and
-outlive an overrun. This module only reads; it must never change a link, and the monitor must never hold up
-the event loop while the kernel is busy with one.
+The messages are pyroute2's, the sockets are not, because asyncio drives those: these work inside a running
+event loop and outside of one, in the network namespace of the calling thread, and outlive an overrun. This
+module only reads; it must never change a link, and the monitor must never hold up the event loop while the
+kernel is busy with one.
 """
 
 import asyncio
@@ -29,17 +29,20 @@ from mcr.errors import McrError
 from mcr.rule import InterfaceFacts
 
 EVENT_GROUPS = rtnl.RTMGRP_LINK | rtnl.RTMGRP_IPV4_IFADDR | rtnl.RTMGRP_IPV6_IFADDR
-LAST_RESORT = ifa.IFA_F_DEPRECATED | ifa.IFA_F_TEMPORARY  # IPv6 only
-SCOPE_LINK, SCOPE_HOST = rtnl.rt_scope["link"], rtnl.rt_scope["host"]
 EVENT_BUFFER_BYTES = 1 << 20
 RECEIVE_BYTES = 1 << 15  # the largest part that the kernel makes of an answer
 REQUEST_TIMEOUT_S = 5.0
 DUMP_ATTEMPTS = 10
 COALESCE_S = 0.05
 EVENT_READS = 64  # from an event socket, before other work of the loop gets its turn
-
 NETDEV_FAMILY, NETDEV_EVENT_GROUP = "netdev", "mgmt"
 NETDEV_CMD_DEV_GET = 1  # linux/netdev.h
+
+# By address family: the flags of an address that the kernel does not send from, and of one that it sends from
+# only if there is no other, the worse the flag the greater (RFC 6724 section 5).
+UNUSABLE = {socket.AF_INET: ifa.IFA_F_SECONDARY, socket.AF_INET6: ifa.IFA_F_TENTATIVE | ifa.IFA_F_DADFAILED}
+LAST_RESORT = {socket.AF_INET: 0, socket.AF_INET6: ifa.IFA_F_DEPRECATED | ifa.IFA_F_TEMPORARY}
+SCOPE_LINK, SCOPE_HOST = rtnl.rt_scope["link"], rtnl.rt_scope["host"]
 
 XdpMode = Literal["native", "generic", "offload"]
 
@@ -59,14 +62,11 @@ class _DeviceMessage(netlink.genlmsg):  # type: ignore[misc]
 
     __slots__ = ()
     prefix = "NETDEV_A_DEV_"
-    nla_map = tuple(
-        (f"NETDEV_A_DEV_{name}", kind)
-        for name, kind in (
-            ("UNSPEC", "none"),
-            ("IFINDEX", "uint32"),
-            ("PAD", "none"),
-            ("XDP_FEATURES", "uint64"),
-        )
+    nla_map = (
+        ("NETDEV_A_DEV_UNSPEC", "none"),
+        ("NETDEV_A_DEV_IFINDEX", "uint32"),
+        ("NETDEV_A_DEV_PAD", "none"),
+        ("NETDEV_A_DEV_XDP_FEATURES", "uint64"),
     )
 
 
@@ -79,8 +79,7 @@ def _ask(protocol: int, request: Any, message_type: int, flags: int = 0) -> Gene
     request["header"].update(type=message_type, flags=netlink.NLM_F_REQUEST | flags)
     request.encode()
     marshal = Marshal()
-    marshal.default_message_class = type(request)
-    marshal.msg_map[netlink.NLMSG_DONE] = netlink.nlmsg
+    marshal.default_message_class, marshal.msg_map = type(request), {netlink.NLMSG_DONE: netlink.nlmsg}
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as kernel:
         kernel.settimeout(REQUEST_TIMEOUT_S)
         kernel.send(request.data)
@@ -111,18 +110,13 @@ def _link(name: str) -> Any:
 
 
 def _netdev_family() -> tuple[int, int] | None:
-    """The message type of the generic netlink family that tells XDP features, and the group of its events.
-
-    None where the kernel has no such family: Linux before 6.3.
-    """
+    """The message type and the event group of the family that tells XDP features; none before Linux 6.3."""
     request = netlink.ctrlmsg()
     request.update(cmd=netlink.CTRL_CMD_GETFAMILY, attrs=[("CTRL_ATTR_FAMILY_NAME", NETDEV_FAMILY)])
     try:
         (family,) = _ask(netlink.NETLINK_GENERIC, request, netlink.GENL_ID_CTRL)
-    except OSError as error:
-        if error.errno == errno.ENOENT:
-            return None
-        raise
+    except FileNotFoundError:
+        return None
     groups = {
         group.get_attr("CTRL_ATTR_MCAST_GRP_NAME"): group.get_attr("CTRL_ATTR_MCAST_GRP_ID")
         for group in family.get_attr("CTRL_ATTR_MCAST_GROUPS")
@@ -132,8 +126,7 @@ def _netdev_family() -> tuple[int, int] | None:
 
 def _xdp_features() -> dict[int, int]:
     """The XDP features by interface index; empty if the kernel does not tell them."""
-    family = _netdev_family()
-    if family is None:
+    if (family := _netdev_family()) is None:
         return {}
     request = _DeviceMessage()
     request["cmd"] = NETDEV_CMD_DEV_GET
@@ -141,32 +134,20 @@ def _xdp_features() -> dict[int, int]:
     return {device.get("ifindex"): device.get("xdp_features") for device in devices}
 
 
-def _is_sendable(address: Any) -> bool:
-    if address["family"] == socket.AF_INET:
-        unusable = ifa.IFA_F_SECONDARY
-    elif address["family"] == socket.AF_INET6:
-        unusable = ifa.IFA_F_TENTATIVE | ifa.IFA_F_DADFAILED
-    else:
-        return False
-    return address["scope"] < SCOPE_HOST and not address.get_attr("IFA_FLAGS") & unusable
-
-
 def _addresses() -> dict[int, dict[str, Any]]:
     """The primary addresses by interface index, then by their names in InterfaceFacts.
 
-    Chosen as the kernel does for a socket that sends to a group: the widest scope first, then the kernel's
-    own order; of IPv4 none that is secondary; of IPv6 none that may not be unique, and a deprecated or
-    temporary one only if there is no other (RFC 6724 section 5).
+    Those that the kernel chooses for a socket that sends to a group: the widest scope first, then the kernel's
+    own order.
     """
-    found: list[tuple[int, bool, str, int, str]] = []
+    found: list[tuple[int, int, str, int, str]] = []
     for address in _ask(netlink.NETLINK_ROUTE, ifa.ifaddrmsg(), rtnl.RTM_GETADDR, netlink.NLM_F_DUMP):
-        if _is_sendable(address):
-            ipv6 = "ipv6_link" if address["scope"] == SCOPE_LINK else "ipv6"
-            kind = "ipv4" if address["family"] == socket.AF_INET else ipv6
-            last_resort = kind != "ipv4" and address.get_attr("IFA_FLAGS") & LAST_RESORT
-            # IFA_ADDRESS is the peer's where there is one.
-            own = address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS")
-            found.append((address["scope"], bool(last_resort), kind, address["index"], own))
+        family, scope, flags = address["family"], address["scope"], address.get_attr("IFA_FLAGS")
+        if family not in UNUSABLE or scope >= SCOPE_HOST or flags & UNUSABLE[family]:
+            continue
+        kind = "ipv4" if family == socket.AF_INET else "ipv6_link" if scope == SCOPE_LINK else "ipv6"
+        own = address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS")  # or, if it has one, its peer
+        found.append((scope, flags & LAST_RESORT[family], kind, address["index"], own))
     primary: dict[int, dict[str, Any]] = {}
     for _, _, kind, ifindex, own in sorted(found, key=lambda each: each[:2]):
         primary.setdefault(ifindex, {}).setdefault(kind, ip_address(own))
@@ -230,9 +211,10 @@ def xdp_program(name: str) -> XdpProgram | None:
     return None
 
 
-def _event_socket(protocol: int) -> socket.socket:
+def _event_socket(protocol: int, groups: int) -> socket.socket:
     events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, protocol)
     events.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, EVENT_BUFFER_BYTES)
+    events.bind((0, groups))  # what is not bound gets no event
     return events
 
 
@@ -240,9 +222,9 @@ class LinkMonitor:
     """Calls on_change(facts) after interfaces of this network namespace, or what they have, have changed.
 
     An async context manager. Between two calls there are at least COALESCE_S seconds, and every change is
-    followed by a call, also one that the facts do not show: an address, or an interface that has gone and
-    come back the same. Every call carries all the interfaces, freshly read, so an overrun of an event socket
-    (ENOBUFS) loses nothing. `facts` are those of the last call, or of the start.
+    followed by a call, also one that the facts do not show: a further address, or an interface that has gone
+    and come back the same. Every call carries all the interfaces, freshly read, so an overrun of an event
+    socket (ENOBUFS) loses nothing. `facts` are those of the last call, or of the start.
     """
 
     def __init__(self, on_change: Callable[[dict[str, InterfaceFacts]], None]) -> None:
@@ -255,14 +237,12 @@ class LinkMonitor:
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
         async with contextlib.AsyncExitStack() as stack:
-            events = stack.enter_context(_event_socket(netlink.NETLINK_ROUTE))
-            events.bind((0, EVENT_GROUPS))
+            events = stack.enter_context(_event_socket(netlink.NETLINK_ROUTE, EVENT_GROUPS))
             sources = [(events, rtnl.RTM_NEWLINK)]
             if family := await asyncio.to_thread(_netdev_family):
-                message_type, group = family
-                events = stack.enter_context(_event_socket(netlink.NETLINK_GENERIC))
-                events.setsockopt(netlink.SOL_NETLINK, netlink.NETLINK_ADD_MEMBERSHIP, group)
-                sources.append((events, message_type))
+                events = stack.enter_context(_event_socket(netlink.NETLINK_GENERIC, 0))
+                events.setsockopt(netlink.SOL_NETLINK, netlink.NETLINK_ADD_MEMBERSHIP, family[1])
+                sources.append((events, family[0]))
             self.facts = await asyncio.to_thread(read_interfaces)
             for source in sources:
                 loop.add_reader(source[0], self._drain, *source)

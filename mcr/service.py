@@ -10,7 +10,7 @@ import logging
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mcr import metrics, views
 from mcr.config import Attachment, Config, load_config, parse_attachment, parse_listen, parse_rule
@@ -120,11 +120,15 @@ async def run(
     config_paths: Sequence[Path] = (),
     metrics_option: str | None = None,
     attachment: Attachment | None = None,
+    on_exit: Literal["detach", "keep"] = "detach",
+    replace_kept: bool = False,
     ready: Callable[[Supervisor], None] = lambda _: None,
 ) -> None:
-    """Runs a supervisor until SIGTERM, SIGINT or SIGHUP's elder brothers; SIGHUP reloads. Raises McrError.
+    """Runs a supervisor until SIGTERM or SIGINT; SIGHUP reloads. Raises McrError.
 
-    attachment: an interface to attach at once. ready is called when everything asked for is in place.
+    attachment: an interface to attach at once. on_exit="keep" leaves the kernel path forwarding, and
+    replace_kept starts afresh where an earlier supervisor has left it. ready is called when everything asked
+    for is in place.
     """
     address = _metrics_address(load_config(config_paths), metrics_option)
     service = Service()
@@ -136,7 +140,9 @@ async def run(
     async with contextlib.AsyncExitStack() as stack:
         await server.start()
         stack.push_async_callback(server.close)
-        supervisor = await stack.enter_async_context(Supervisor(instance, config_paths))
+        supervisor = await stack.enter_async_context(
+            Supervisor(instance, config_paths, on_exit, replace_kept)
+        )
         if attachment is not None:
             await supervisor.attach(attachment)
         if address is not None:

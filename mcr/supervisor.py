@@ -12,9 +12,10 @@ import os
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from mcr import loader
+from mcr import keep, loader
+from mcr._bpf import ffi
 from mcr.attached import AttachedInterface
 from mcr.config import Attachment, Config, load_config
 from mcr.desired import Desired, IdPool, Ids, RuleState, realise
@@ -58,9 +59,17 @@ class DesiredState:
 class Supervisor:
     """One instance, from start to stop. An async context manager; its methods are the control commands."""
 
-    def __init__(self, instance: str, config_paths: Sequence[Path] = ()) -> None:
+    def __init__(
+        self,
+        instance: str,
+        config_paths: Sequence[Path] = (),
+        on_exit: Literal["detach", "keep"] = "detach",
+        replace_kept: bool = False,
+    ) -> None:
         self.instance = instance
         self.config_paths = tuple(config_paths)
+        self.keep = on_exit == "keep"
+        self._replace_kept = replace_kept
         self.state = DesiredState()
         self.desired = Desired({}, {}, frozenset())
         self.attached: dict[str, AttachedInterface] = {}
@@ -85,23 +94,57 @@ class Supervisor:
 
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:
-            await asyncio.to_thread(loader.load, self.instance)
-            stack.callback(loader.unload, self.instance)
+            adopted = await asyncio.to_thread(self._load)
+            stack.callback(self._unload)
             self.maps = stack.enter_context(Maps(self.instance))
-            stack.callback(os.close, loader.trace_redirects(self.maps.tracepoint_fd))
+            tracepoint = loader.trace_redirects(self.instance, self.maps.tracepoint_fd, self.keep)
+            stack.callback(os.close, tracepoint)
             await self.membership.start()
             stack.push_async_callback(self.membership.stop)
             await stack.enter_async_context(self._monitor)
             stack.push_async_callback(self._stop)
             if self.config_paths:
                 await self._start_config()
+            if adopted:
+                self._drop_unwanted()
             self._in_background(self._retry(), "mcr-retry")
             self._stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Leaves nothing: interfaces detached, workers drained, groups left, pins gone."""
+        """Leaves nothing: interfaces detached, workers drained, groups left, pins gone.
+
+        With on_exit="keep" the kernel path stays as it is.
+        """
         await self._stack.aclose()
+
+    def _load(self) -> bool:
+        """Loads the BPF side, or adopts what was left forwarding. Returns whether it adopted."""
+        if keep.is_forwarding(self.instance) and not self._replace_kept:
+            keep.check_layout(self.instance)
+            self._ids = keep.load_ids(self.instance)
+            log.info("adopting the kernel path that is forwarding")
+            return True
+        loader.load(self.instance)
+        return False
+
+    def _unload(self) -> None:
+        if not self.keep:
+            loader.unload(self.instance)
+            keep.forget(self.instance)
+
+    def _drop_unwanted(self) -> None:
+        """Takes away what the earlier supervisor had and this one does not want."""
+        in_place = [rule for interface in self.attached.values() for rule in interface.map_rules]
+        wanted = {rule.key for rule in in_place}
+        for key in self.maps.rule_keys():
+            if key not in wanted:
+                self.maps.delete_rule(ffi.from_buffer(key))
+        egress = {(rule.rule_id, output.ifindex) for rule in in_place for output in rule.kernel_outputs}
+        for rule_id, ifindex in self.maps.egress_keys() - egress:
+            self.maps.delete_egress(rule_id, ifindex)
+        attached = {self.facts[name].ifindex for name in self.attached if name in self.facts}
+        loader.drop_links(self.instance, but=attached)
 
     async def _start_config(self) -> None:
         """What the files ask for and cannot be done yet is logged and waits; a wrong file ends the start."""
@@ -116,7 +159,8 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         async with self._turn:
-            await asyncio.gather(*(interface.stop() for interface in self.attached.values()))
+            stops = (each.leave() if self.keep else each.stop() for each in self.attached.values())
+            await asyncio.gather(*stops)
             self.attached.clear()
 
     # --- commands
@@ -231,6 +275,8 @@ class Supervisor:
             self.maps.clear_rule(rule_id)
         for output_id in new_outputs:
             self.maps.clear_output(output_id)
+        if self.keep:
+            keep.save_ids(self.instance, self._ids)
 
     async def _attach_interfaces(self, state: DesiredState, quietly: bool) -> None:
         for name, interface in list(self.attached.items()):
@@ -242,7 +288,9 @@ class Supervisor:
             if name not in self.attached:
                 slot = self._slots.take() - 1
                 self.maps.clear_worker(slot)
-                self.attached[name] = AttachedInterface(attachment, self.maps, slot, slot * MAX_QUEUES)
+                self.attached[name] = AttachedInterface(
+                    self.instance, attachment, self.maps, slot, slot * MAX_QUEUES, self.keep
+                )
             with _logging_errors(name, quietly):
                 await self.attached[name].prepare(self._monitor.facts.get(name))
 

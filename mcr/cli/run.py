@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -21,7 +22,25 @@ from mcr.service import run
     help="A TOML file; several are read in order.",
 )
 @click.option("--metrics", metavar="ADDR:PORT|off", help="Where to serve Prometheus metrics.")
+@click.option(
+    "--on-exit",
+    type=click.Choice(["detach", "keep"]),
+    default="detach",
+    show_default=True,
+    help="Leave nothing, or leave the kernel path forwarding for the next supervisor to adopt.",
+)
+@click.option("--replace", is_flag=True, help="Start afresh where an earlier supervisor left it forwarding.")
 @click.pass_obj
-def command(settings: Settings, paths: tuple[Path, ...], metrics: str | None) -> None:
+def command(
+    settings: Settings,
+    paths: tuple[Path, ...],
+    metrics: str | None,
+    on_exit: Literal["detach", "keep"],
+    replace: bool,
+) -> None:
     """Run a supervisor until SIGTERM or Ctrl-C; SIGHUP reloads its files."""
-    asyncio.run(run(settings.instance, paths, metrics, ready=lambda _: print("mcr: ready", file=sys.stderr)))
+
+    def ready(_: object) -> None:
+        print("mcr: ready", file=sys.stderr)
+
+    asyncio.run(run(settings.instance, paths, metrics, on_exit=on_exit, replace_kept=replace, ready=ready))

@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import socket
+import struct
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,17 @@ from mcr import netlink
 from mcr.errors import McrError
 from mcr.netlink import LinkMonitor, XdpProgram, read_interfaces, receive_queues, xdp_program
 from mcr.rule import InterfaceFacts
+from tests.conftest import require
 from tests.netns.lab import Lab, Namespace
 
 BPF_PROG_TYPE_XDP = 6
 XDP_PASS = bytes.fromhex("b700000002000000 9500000000000000")  # r0 = 2; exit
 XDP_FLAGS_SKB_MODE, XDP_FLAGS_DRV_MODE = 2, 4
 MAC = "02:00:00:00:00:07"
+# enum netdev_xdp_act (linux/netdev.h), as drivers/net/veth.c sets them: BASIC, REDIRECT, RX_SG and, if the
+# peer can take redirected frames, NDO_XMIT and NDO_XMIT_SG.
+VETH_RECEIVES = 1 | 2 | 32
+VETH_TRANSMITS = VETH_RECEIVES | 4 | 64
 
 
 @pytest.fixture
@@ -80,18 +87,170 @@ def with_monitor(
         asyncio.run(session())
 
 
-def test_interfaces_are_read_as_they_are(lab: Lab, host: Namespace) -> None:
+@pytest.fixture
+def pair(lab: Lab) -> tuple[Namespace, Namespace]:
+    """Two namespaces joined by a veth pair, eth0 and peer0, without GRO."""
+    done = lab.run(lab.namespace("probe"), ["genl", "ctrl", "get", "name", "netdev"], check=False)
+    require("netdev-family", done.returncode == 0, f"genl: {done.stderr.strip()}")
+    here, there = lab.namespace("here"), lab.namespace("there")
+    lab.veth(here, "eth0", there, "peer0", gro=False)
+    return here, there
+
+
+def told_addresses(lab: Lab, namespace: Namespace, interface: str) -> list[dict[str, Any]]:
+    """What `ip` tells of the addresses of an interface."""
+    links = json.loads(lab.ip(namespace, f"-j address show dev {interface}"))
+    told: list[dict[str, Any]] = links[0]["addr_info"]
+    return told
+
+
+def link_local(lab: Lab, namespace: Namespace, interface: str) -> IPv6Address:
+    told = told_addresses(lab, namespace, interface)
+    (address,) = [each["local"] for each in told if each["family"] == "inet6" and each["scope"] == "link"]
+    return IPv6Address(address)
+
+
+def chosen_sources(interface: str) -> tuple[IPv4Address, IPv6Address, IPv6Address]:
+    """The addresses that the kernel sends from to groups: IPv4, IPv6 of global scope, IPv6 on the link."""
+    ifindex = socket.if_nametoindex(interface)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ipv4:
+        mreqn = struct.pack("4s4si", bytes(4), bytes(4), ifindex)
+        ipv4.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, mreqn)
+        ipv4.connect(("239.1.1.1", 9))
+        sources = [ipv4.getsockname()[0]]
+    for group in ("ff0e::1", "ff02::9"):
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as ipv6:
+            ipv6.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, ifindex)
+            ipv6.connect((group, 9))
+            sources.append(ipv6.getsockname()[0].partition("%")[0])
+    return IPv4Address(sources[0]), IPv6Address(sources[1]), IPv6Address(sources[2])
+
+
+def test_interfaces_are_read_as_they_are(lab: Lab) -> None:
+    host = lab.namespace("host")
+    lab.veth(host, "eth0", host, "eth1", addresses_a=("10.1.0.1/24", "fd01::1/64"))
     lab.ip(host, f"link set eth0 mtu 9000 address {MAC}")
     lab.ip(host, "link add down0 type veth peer name down1")
     told = {link["ifname"]: link for link in json.loads(lab.ip(host, "-j link show"))}
     with lab.inside(host):
         facts = read_interfaces()
     assert set(facts) == {"lo", "eth0", "eth1", "down0", "down1"}
-    assert facts["eth0"] == InterfaceFacts("eth0", told["eth0"]["ifindex"], 9000, True, True, MAC)
-    assert facts["lo"] == InterfaceFacts("lo", 1, 65536, True, False, "")
+    assert facts["eth0"] == InterfaceFacts(
+        name="eth0",
+        ifindex=told["eth0"]["ifindex"],
+        mtu=9000,
+        up=True,
+        ethernet=True,
+        mac=MAC,
+        ipv4=IPv4Address("10.1.0.1"),
+        ipv6=IPv6Address("fd01::1"),
+        ipv6_link=link_local(lab, host, "eth0"),
+        xdp_features=facts["eth0"].xdp_features,
+    )
+    assert facts["lo"] == InterfaceFacts(
+        "lo", 1, 65536, True, False, "", xdp_features=facts["lo"].xdp_features
+    )
     for name in ("eth1", "down0", "down1"):
         assert (facts[name].mtu, facts[name].mac) == (1500, told[name]["address"])
         assert facts[name].up == (name == "eth1")
+        assert (facts[name].ipv4, facts[name].ipv6) == (None, None)
+        assert facts[name].ipv6_link == (link_local(lab, host, "eth1") if name == "eth1" else None)
+
+
+@pytest.mark.parametrize(
+    ("commands", "ipv4", "ipv6"),
+    [
+        (["10.1.0.1/24", "10.1.0.2/24", "fd01::1/64"], "10.1.0.1", "fd01::1"),
+        (["10.1.0.9/24", "10.2.0.1/24", "fd01::1/64"], "10.1.0.9", "fd01::1"),
+        (["10.9.0.1/24 scope link", "10.1.0.1/24", "fd01::1/64"], "10.1.0.1", "fd01::1"),
+        (["10.1.0.1 peer 10.1.0.2", "fd01::1 peer fd01::2"], "10.1.0.1", "fd01::1"),
+        (["10.1.0.1/24", "fd01::1/64", "fd02::1/64 preferred_lft 0"], "10.1.0.1", "fd01::1"),
+        (["10.1.0.1/24 preferred_lft 0", "10.2.0.1/24", "fd01::1/64"], "10.1.0.1", "fd01::1"),
+        (["10.1.0.1/24", "fd01::1/64 preferred_lft 0"], "10.1.0.1", "fd01::1"),
+        (["10.1.0.1/24", "2001:db8::1/64"], "10.1.0.1", "2001:db8::1"),
+    ],
+)
+def test_the_primary_addresses_are_those_that_the_kernel_sends_from(
+    lab: Lab, host: Namespace, commands: list[str], ipv4: str, ipv6: str
+) -> None:
+    for command in commands:
+        lab.ip(host, f"address add {command} dev eth0")
+    with lab.inside(host):
+        facts = read_interfaces()["eth0"]
+        assert (facts.ipv4, facts.ipv6) == (IPv4Address(ipv4), IPv6Address(ipv6))
+        assert facts.ipv6_link == link_local(lab, host, "eth0")
+        assert (facts.ipv4, facts.ipv6, facts.ipv6_link) == chosen_sources("eth0")
+
+
+def test_a_temporary_address_is_not_the_primary_one(lab: Lab, host: Namespace) -> None:
+    lab.run(host, ["sysctl", "-qw", "net.ipv6.conf.eth0.use_tempaddr=1"])
+    lab.ip(host, "address add 2001:db8::1/64 dev eth0 mngtmpaddr")
+    assert any(each.get("temporary") for each in told_addresses(lab, host, "eth0"))
+    with lab.inside(host):
+        assert read_interfaces()["eth0"].ipv6 == IPv6Address("2001:db8::1")
+
+
+def test_an_ipv6_address_counts_once_it_is_known_to_be_unique(lab: Lab, host: Namespace) -> None:
+    lab.run(
+        host, ["sysctl", "-qw", "net.ipv6.conf.eth0.accept_dad=1", "net.ipv6.conf.eth0.dad_transmits=100"]
+    )
+    lab.ip(host, "address add fd01::1/64 dev eth0")
+    with lab.inside(host):
+        assert read_interfaces()["eth0"].ipv6 is None
+    lab.ip(host, "address add fd02::1/64 dev eth0 nodad")
+    lab.ip(host, "address add fd03::1/64 dev eth0")
+    with lab.inside(host):
+        assert read_interfaces()["eth0"].ipv6 == IPv6Address("fd02::1")
+
+
+def test_an_ipv6_address_that_another_host_has_does_not_count(
+    lab: Lab, pair: tuple[Namespace, Namespace]
+) -> None:
+    here, there = pair
+    lab.ip(there, "address add fd01::1/64 dev peer0")
+    lab.run(here, ["sysctl", "-qw", "net.ipv6.conf.eth0.accept_dad=1"])
+    lab.ip(here, "address add fd01::1/64 dev eth0")
+    deadline = time.monotonic() + 10
+    while not any(each.get("dadfailed") for each in told_addresses(lab, here, "eth0")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with lab.inside(here):
+        assert read_interfaces()["eth0"].ipv6 is None
+
+
+def test_a_veth_can_transmit_while_its_peer_has_gro_or_native_xdp(
+    lab: Lab, pair: tuple[Namespace, Namespace]
+) -> None:
+    here, there = pair
+
+    def features() -> int | None:
+        with lab.inside(here):
+            return read_interfaces()["eth0"].xdp_features
+
+    assert features() == VETH_RECEIVES
+    lab.run(there, ["ethtool", "-K", "peer0", "gro", "on"])
+    assert features() == VETH_TRANSMITS
+    lab.run(there, ["ethtool", "-K", "peer0", "gro", "off"])
+    assert features() == VETH_RECEIVES
+    with lab.inside(there):
+        with attached("peer0", XDP_FLAGS_DRV_MODE):
+            assert features() == VETH_TRANSMITS
+        assert features() == VETH_RECEIVES
+        with attached("peer0", XDP_FLAGS_SKB_MODE):
+            assert features() == VETH_RECEIVES
+
+
+def test_without_the_netdev_family_the_features_are_unknown_and_changes_are_reported(
+    lab: Lab, host: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(netlink, "NETDEV_FAMILY", "mcr-none")  # as the kernel answers before 6.3
+
+    async def body(monitor: LinkMonitor, changes: Changes) -> None:
+        lab.ip(host, "link set eth0 mtu 1600")
+        await changes.until(lambda facts: facts["eth0"].mtu == 1600)
+        assert {facts.xdp_features for facts in monitor.facts.values()} == {None}
+
+    with_monitor(lab, host, body)
 
 
 def test_an_interface_without_carrier_is_not_up(lab: Lab, host: Namespace) -> None:
@@ -171,8 +330,9 @@ def test_the_xdp_program_and_its_mode_are_told(lab: Lab, host: Namespace) -> Non
         (f"link set eth0 address {MAC}", lambda facts: facts["eth0"].mac == MAC),
         ("link set eth0 down", lambda facts: not facts["eth0"].up and not facts["eth1"].up),
         ("link set eth0 name other0", lambda facts: "other0" in facts and "eth0" not in facts),
-        ("address add 10.1.0.1/24 dev eth0", lambda facts: "eth0" in facts),
-        ("address add fd01::1/64 dev eth0", lambda facts: "eth0" in facts),
+        ("address add 10.1.0.1/24 dev eth0", lambda facts: facts["eth0"].ipv4 == IPv4Address("10.1.0.1")),
+        ("address add fd01::1/64 dev eth0", lambda facts: facts["eth0"].ipv6 == IPv6Address("fd01::1")),
+        ("address flush dev eth0", lambda facts: facts["eth0"].ipv6_link is None),
     ],
 )
 def test_every_change_is_reported(
@@ -185,6 +345,60 @@ def test_every_change_is_reported(
         assert monitor.facts == changes.facts[-1]
 
     with_monitor(lab, host, body)
+
+
+def test_changes_of_the_primary_address_and_of_further_ones_are_reported(lab: Lab, host: Namespace) -> None:
+    async def body(_: LinkMonitor, changes: Changes) -> None:
+        lab.ip(host, "address add 10.1.0.1/24 dev eth0")
+        await changes.until(lambda facts: facts["eth0"].ipv4 == IPv4Address("10.1.0.1"))
+        reports = len(changes.facts)
+        lab.ip(host, "address add 10.2.0.1/24 dev eth0")
+        await changes.until(lambda _: len(changes.facts) > reports)
+        assert changes.facts[-1] == changes.facts[-2]
+        lab.ip(host, "address delete 10.1.0.1/24 dev eth0")
+        await changes.until(lambda facts: facts["eth0"].ipv4 == IPv4Address("10.2.0.1"))
+        lab.ip(host, "address delete 10.2.0.1/24 dev eth0")
+        await changes.until(lambda facts: facts["eth0"].ipv4 is None)
+
+    with_monitor(lab, host, body)
+
+
+def test_the_end_of_duplicate_address_detection_is_reported(lab: Lab, host: Namespace) -> None:
+    lab.run(host, ["sysctl", "-qw", "net.ipv6.conf.eth0.accept_dad=1"])
+
+    async def body(_: LinkMonitor, changes: Changes) -> None:
+        lab.ip(host, "address add fd01::1/64 dev eth0")
+        await changes.until(lambda facts: facts["eth0"].ipv6 == IPv6Address("fd01::1"))
+        assert changes.facts[0]["eth0"].ipv6 is None
+
+    with_monitor(lab, host, body)
+
+
+def test_changes_of_xdp_features_are_reported_within_a_second(
+    lab: Lab, pair: tuple[Namespace, Namespace]
+) -> None:
+    here, there = pair
+
+    async def body(monitor: LinkMonitor, changes: Changes) -> None:
+        async def reported(features: int) -> None:
+            changed_s = time.monotonic()
+            await changes.until(lambda facts: facts["eth0"].xdp_features == features)
+            assert changes.times_s[-1] - changed_s < 1
+
+        assert monitor.facts["eth0"].xdp_features == VETH_RECEIVES
+        lab.run(there, ["ethtool", "-K", "peer0", "gro", "on"])
+        await reported(VETH_TRANSMITS)
+        lab.run(there, ["ethtool", "-K", "peer0", "gro", "off"])
+        await reported(VETH_RECEIVES)
+        with ExitStack() as stack:
+            with lab.inside(there):
+                stack.enter_context(attached("peer0", XDP_FLAGS_DRV_MODE))
+            await reported(VETH_TRANSMITS)
+            with lab.inside(there):
+                stack.close()
+            await reported(VETH_RECEIVES)
+
+    with_monitor(lab, here, body)
 
 
 def test_an_interface_made_anew_under_its_old_index_is_reported(lab: Lab, host: Namespace) -> None:
