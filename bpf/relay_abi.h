@@ -21,9 +21,9 @@ enum mcr_limit {
 	MCR_MAX_RULES = 4096,	/* rule_id 1 .. MCR_MAX_RULES - 1; 0 means none */
 	MCR_MAX_OUTPUTS = 8192, /* output_id 1 .. MCR_MAX_OUTPUTS - 1; 0 means none */
 	MCR_MAX_OUTPUTS_PER_RULE = 64,
-	MCR_MAX_WORKERS = 64, /* worker slots of one instance */
-	MCR_MAX_QUEUES = 64,  /* receive queues that one worker can drain */
-	MCR_MAX_XSKS = 4096,  /* AF_XDP sockets of one instance: every queue of every worker */
+	MCR_MAX_WORKERS = 64,	    /* worker slots of one instance */
+	MCR_MAX_QUEUES = 64,	    /* receive queues that one worker can drain */
+	MCR_MAX_XSKS = 4096,	    /* AF_XDP sockets of one instance: every queue of every worker */
 	MCR_MAX_FRAGMENTED = 16384, /* datagrams whose later fragments are awaited */
 	MCR_MAX_EGRESS = 1024,	    /* interfaces whose redirect losses are counted */
 	MCR_MAX_VLAN_TAGS = 2,
@@ -39,7 +39,7 @@ enum mcr_drop_reason {
 	MCR_DROP_NO_WORKER = 4,	   /* no AF_XDP socket serves the receive queue */
 	MCR_DROP_NO_METADATA = 5,  /* the driver left no room for metadata */
 	MCR_DROP_UNKNOWN_RULE = 6, /* the worker no longer knows the rule */
-	MCR_DROP_NO_OUTPUT = 7,	   /* kernel path: no output is in place */
+	MCR_DROP_NO_OUTPUT = 7,	   /* every output is absent or not in place yet */
 	MCR_DROP_BAD_CHECKSUM = 8, /* kernel path: the UDP checksum cannot be completed */
 	MCR_DROP_REASONS = 9,
 };
@@ -142,7 +142,7 @@ struct mcr_redirect_losses {
 
 enum mcr_metadata_flag {
 	MCR_METADATA_LATER_FRAGMENT = 1, /* no UDP header follows the IP header */
-	MCR_METADATA_PARTIAL = 2,	 /* the UDP checksum covers the pseudo header only, the device does the rest */
+	MCR_METADATA_PARTIAL = 2,	 /* the UDP checksum is only the pseudo header's sum */
 };
 
 /* Written by XDP in front of the frame; the worker, and the egress program, read it and not the headers. */
@@ -153,8 +153,8 @@ struct mcr_metadata {
 	__u16 payload_length;
 	__u16 ip_offset;
 	__u16 dport;
-	__u8 ttl; /* or hop limit */
-	__u8 tos; /* or traffic class: DSCP and ECN */
+	__u8 ttl;    /* or hop limit */
+	__u8 tos;    /* or traffic class: DSCP and ECN */
 	__u16 flags; /* enum mcr_metadata_flag */
 };
 
@@ -162,7 +162,7 @@ struct mcr_metadata {
 struct mcr_rule_stats {
 	__u64 packets; /* that matched the rule; bytes counts their UDP payload */
 	__u64 bytes;
-	__u64 last_seen_ns; /* CLOCK_MONOTONIC */
+	__u64 last_seen_ns;    /* CLOCK_MONOTONIC */
 	__u64 relayed_packets; /* by the kernel path */
 	__u64 relayed_bytes;
 	__u64 dropped[MCR_DROP_REASONS];

@@ -471,7 +471,8 @@ int mcr_relay(struct xdp_md *ctx)
 	    !(packet.drop_reason == MCR_DROP_FRAGMENT && rule->flags & MCR_RULE_KERNEL))
 		return drop(stats, packet.drop_reason);
 	if (frame_length > rule->frame_limit)
-		return drop(stats, MCR_DROP_OVERSIZE); /* merged by GRO, or too long for a frame of the pool */
+		return drop(stats,
+			    MCR_DROP_OVERSIZE); /* merged by GRO, or too long for a frame of the pool */
 	if (rule->flags & MCR_RULE_KERNEL)
 		return relay_in_kernel(ctx, stats, rule, &packet, frame_length, later_fragment);
 	fill_metadata(&metadata, &packet, rule_id, 0, stats->last_seen_ns);

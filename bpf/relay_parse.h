@@ -187,9 +187,11 @@ static __always_inline int mcr_parse_ipv6(void *data, void *data_end, void *curs
 		if (protocol == MCR_PROTOCOL_FRAGMENT) {
 			__u16 field = mcr_load_u16(header + 2);
 
-			packet->identification = (__u32)mcr_load_u16(header + 4) << 16 | mcr_load_u16(header + 6);
+			packet->identification = (__u32)mcr_load_u16(header + 4) << 16 |
+						 mcr_load_u16(header + 6);
 			if (field & 0xfff8 && header[0] == MCR_PROTOCOL_UDP)
-				return mcr_later_fragment(packet, header + 8 - (__u8 *)data, ip_end, frame_length);
+				return mcr_later_fragment(packet, header + 8 - (__u8 *)data, ip_end,
+							  frame_length);
 			if (field & 0xfff8)
 				return MCR_PARSED_OTHER;
 			fragment |= field & 1;

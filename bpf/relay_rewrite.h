@@ -116,7 +116,8 @@ static __always_inline int mcr_rewrite_ipv4(void *data, void *data_end, const st
 	udp = ip + (ip[0] & 0x0f) * 4;
 	if ((void *)(udp + MCR_UDP_LENGTH) > data_end)
 		return MCR_DROP_TRUNCATED;
-	mcr_update_udp(udp, metadata, false, before, after, output->flags & MCR_OUTPUT_KEEP_PORT, output->dport);
+	mcr_update_udp(udp, metadata, false, before, after, output->flags & MCR_OUTPUT_KEEP_PORT,
+		       output->dport);
 	return MCR_REWRITTEN;
 }
 
@@ -143,7 +144,8 @@ static __always_inline int mcr_rewrite_ipv6(void *data, void *data_end, const st
 	udp = (__u8 *)data + udp_offset;
 	if ((void *)(udp + MCR_UDP_LENGTH) > data_end)
 		return MCR_DROP_TRUNCATED;
-	mcr_update_udp(udp, metadata, true, before, after, output->flags & MCR_OUTPUT_KEEP_PORT, output->dport);
+	mcr_update_udp(udp, metadata, true, before, after, output->flags & MCR_OUTPUT_KEEP_PORT,
+		       output->dport);
 	return MCR_REWRITTEN;
 }
 

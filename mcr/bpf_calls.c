@@ -15,8 +15,8 @@
 int mcr_load_program(int kind, const char *name, const void *instructions, size_t count, char *log,
 		     size_t log_size)
 {
-	enum bpf_prog_type type = kind == MCR_PROGRAM_RAW_TRACEPOINT ? BPF_PROG_TYPE_RAW_TRACEPOINT :
-								       BPF_PROG_TYPE_XDP;
+	enum bpf_prog_type type = kind == MCR_PROGRAM_RAW_TRACEPOINT ? BPF_PROG_TYPE_RAW_TRACEPOINT
+								     : BPF_PROG_TYPE_XDP;
 	LIBBPF_OPTS(bpf_prog_load_opts, options);
 	int fd;
 

@@ -137,8 +137,8 @@ def _xdp_features() -> dict[int, int]:
 def _addresses() -> dict[int, dict[str, Any]]:
     """The primary addresses by interface index, then by their names in InterfaceFacts.
 
-    Those that the kernel chooses for a socket that sends to a group: the widest scope first, then the kernel's
-    own order.
+    Those that the kernel chooses for a socket that sends to a group: the first in its order of those with the
+    widest scope.
     """
     found: list[tuple[int, int, str, int, str]] = []
     for address in _ask(netlink.NETLINK_ROUTE, ifa.ifaddrmsg(), rtnl.RTM_GETADDR, netlink.NLM_F_DUMP):

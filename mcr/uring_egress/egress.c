@@ -250,6 +250,12 @@ static int relay_rule(struct worker *worker, uint32_t rule_id)
 	return status;
 }
 
+static int drop_packet(struct worker *worker, const struct packet *packet, enum mcr_drop_reason reason)
+{
+	worker->rule_counters[packet->rule_id].dropped[reason]++;
+	return frames_give(worker, &packet->frame_index, 1, FRAME_RECEIVE, packet->queue);
+}
+
 /* Sorts the batch by rule, in order of arrival. Returns how many rules have packets, or -errno. */
 static int sort_by_rule(struct worker *worker)
 {
@@ -260,11 +266,10 @@ static int sort_by_rule(struct worker *worker)
 		struct rule *rule = &worker->rules[packet->rule_id];
 
 		packet->next = NONE;
-		if (!rule->known) {
-			int status;
+		if (!rule->known || !rule->output_count) {
+			int status = drop_packet(worker, packet,
+						 rule->known ? MCR_DROP_NO_OUTPUT : MCR_DROP_UNKNOWN_RULE);
 
-			worker->rule_counters[packet->rule_id].dropped[MCR_DROP_UNKNOWN_RULE]++;
-			status = frames_give(worker, &packet->frame_index, 1, FRAME_RECEIVE, packet->queue);
 			if (status)
 				return status;
 			continue;
