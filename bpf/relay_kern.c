@@ -159,7 +159,7 @@ static __always_inline int relay_to_worker(struct xdp_md *ctx, struct mcr_rule_s
  * The plain sum of the pseudo header, which is what a sender on this host leaves in the checksum field for
  * the device to complete (CHECKSUM_PARTIAL in the kernel's include/linux/skbuff.h).
  */
-static __always_inline u16 pseudo_sum(const struct mcr_packet *packet, u8 *ip, u8 *udp, bool ipv6)
+static __always_inline u16 pseudo_sum(u8 *ip, u8 *udp, bool ipv6)
 {
 	u16 addresses = ipv6 ? mcr_sum(ip + 8, 16) : mcr_sum(ip + 12, 4);
 	u16 length = *(u16 *)(udp + 4);
@@ -212,11 +212,13 @@ static __always_inline int settle_checksum(struct xdp_md *ctx, const struct mcr_
 		return -1;
 	ip = data + ip_offset;
 	udp = data + udp_offset;
-	if ((void *)(ip + MCR_IPV6_LENGTH) > data_end || (void *)(udp + MCR_UDP_LENGTH) > data_end)
-		return 0; /* shorter than both headers' least: an IPv4 packet that holds next to nothing */
+	if ((void *)(ip + 20) > data_end || (void *)(udp + MCR_UDP_LENGTH) > data_end)
+		return -1;
 	ipv6 = *ip >> 4 == 6;
+	if (ipv6 && (void *)(ip + MCR_IPV6_LENGTH) > data_end)
+		return -1;
 	field = *(u16 *)(udp + 6);
-	pseudo = pseudo_sum(packet, ip, udp, ipv6);
+	pseudo = pseudo_sum(ip, udp, ipv6);
 	if (field != pseudo || packet->drop_reason == MCR_DROP_FRAGMENT)
 		return 0;
 	if (sum_datagram(ctx, udp_offset, packet->payload_length + MCR_UDP_LENGTH, &sum))

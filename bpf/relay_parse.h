@@ -123,7 +123,7 @@ static __always_inline int mcr_later_fragment(struct mcr_packet *packet, __u32 o
 		return MCR_PARSED_OTHER;
 	packet->drop_reason = ip_end > frame_length ? MCR_DROP_TRUNCATED : MCR_DROP_FRAGMENT;
 	packet->payload_offset = offset;
-	packet->payload_length = ip_end - offset;
+	packet->payload_length = ip_end > frame_length ? 0 : ip_end - offset;
 	return MCR_PARSED_LATER_FRAGMENT;
 }
 

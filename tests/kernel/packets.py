@@ -38,24 +38,26 @@ def authentication(icv_words: int = 3) -> Extension:
     return Extension(AUTHENTICATION, struct.pack("!BHII", 1 + icv_words, 0, 77, 1) + bytes(4 * icv_words))
 
 
-def fragment(offset: int = 0, more: bool = False) -> Extension:
+def fragment(offset: int = 0, more: bool = False, *, identification: int = 0x1234) -> Extension:
     """A fragment header; offset in units of 8 bytes. Without arguments an atomic one (RFC 6946)."""
-    return Extension(FRAGMENT, struct.pack("!BHI", 0, offset << 3 | more, 0x1234))
+    return Extension(FRAGMENT, struct.pack("!BHI", 0, offset << 3 | more, identification))
 
 
 def checksum(data: bytes) -> int:
     """The Internet checksum (RFC 1071)."""
     padded = data + bytes(len(data) % 2)
-    total = sum(int.from_bytes(padded[i : i + 2]) for i in range(0, len(padded), 2))
+    total = sum(struct.unpack(f"!{len(padded) // 2}H", padded))
     while total > 0xFFFF:
         total = (total & 0xFFFF) + (total >> 16)
     return total ^ 0xFFFF
 
 
-def ethernet(packet: bytes, ethertype: int, tags: Sequence[tuple[int, int]] = ()) -> bytes:
+def ethernet(
+    packet: bytes, ethertype: int, tags: Sequence[tuple[int, int]] = (), macs: bytes = MAC_ADDRESSES
+) -> bytes:
     """A frame without check sequence; tags from the outermost, each its ethertype and its 16 bits."""
     stack = b"".join(struct.pack("!HH", *tag) for tag in tags)
-    return MAC_ADDRESSES + stack + struct.pack("!H", ethertype) + packet
+    return macs + stack + struct.pack("!H", ethertype) + packet
 
 
 def ipv4(
@@ -67,6 +69,7 @@ def ipv4(
     ip_options: bytes = b"",
     tos: int = 0xB8,
     ttl: int = 17,
+    identification: int = 0x1234,
     fragment_field: int = 0,
     total_length: int | None = None,
     first_byte: int | None = None,
@@ -78,7 +81,7 @@ def ipv4(
         0x40 | header_length // 4 if first_byte is None else first_byte,
         tos,
         header_length + len(payload) if total_length is None else total_length,
-        0x1234,
+        identification,
         fragment_field,
         ttl,
         protocol,
@@ -130,12 +133,18 @@ def udp(
     port: int = PORT,
     length: int | None = None,
     with_checksum: bool = True,
+    partial: bool = False,
 ) -> bytes:
-    """A UDP datagram (RFC 768); addresses is source and destination, which its checksum covers."""
+    """A UDP datagram (RFC 768); addresses is source and destination, which its checksum covers.
+
+    partial: the checksum field is what a sender leaves whose device completes it, the pseudo header's sum.
+    """
     true_length = 8 + len(payload)
     header = struct.pack("!HHH", 40000, port, true_length if length is None else length)
     pseudo = addresses + struct.pack("!HH", true_length, UDP)  # RFC 8200 section 8.1 sums up to the same
     value = checksum(pseudo + header + b"\0\0" + payload) or 0xFFFF if with_checksum else 0
+    if partial:
+        value = checksum(pseudo) ^ 0xFFFF
     return header + struct.pack("!H", value) + payload
 
 

@@ -8,6 +8,8 @@ import mmap
 import os
 import socket
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any, Self
@@ -47,7 +49,7 @@ class Metadata:
     dport: int
     ttl: int
     tos: int
-    reserved: int = 0
+    flags: int = 0
     rx_time_ns: int = field(default=0, compare=False)
 
     @classmethod
@@ -71,7 +73,18 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """What a rule has counted; dropped has the reasons that occurred."""
+    """What a rule has counted; dropped has the reasons that occurred. Only the kernel path relays here."""
+
+    packets: int = 0
+    payload_bytes: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    relayed_packets: int = 0
+    relayed_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What an output of the kernel path has counted; dropped has the reasons that occurred."""
 
     packets: int = 0
     payload_bytes: int = 0
@@ -106,6 +119,7 @@ class Relay:
         self.ifindex = ifindex
         self.other_ifindex = other_ifindex
         self._rules: dict[int, tuple[Stream, Any]] = {}
+        self._outputs: set[int] = set()
         self._sockets: dict[int, XskSocket] = {}
         self._out = ffi.new("char[]", LARGEST_FRAME)
         self._numbers = ffi.new("uint32_t[3]")
@@ -113,11 +127,28 @@ class Relay:
     def add_rule(
         self, rule_id: int, stream: Stream, *, xsk_base: int = 0, frame_limit: int = FRAME_LIMIT
     ) -> None:
-        """Adds a rule on the first interface, and the lookup that it needs."""
+        """Adds a worker-path rule on the first interface, and the lookup that it needs."""
+        self._add(stream, {"rule_id": rule_id, "xsk_base": xsk_base, "frame_limit": frame_limit})
+
+    def add_kernel_rule(self, rule_id: int, stream: Stream, output_id: int, **fields: int) -> None:
+        """Adds a kernel-path rule with one output, or with several if output_id is 0.
+
+        fields: further ones of `struct mcr_rule_value`; flags are added to those of a kernel-path rule.
+        """
+        flags = lib.MCR_RULE_KERNEL | fields.pop("flags", 0)
+        given = {"rule_id": rule_id, "frame_limit": FRAME_LIMIT, "output_id": output_id, "flags": flags}
+        self._add(stream, given | fields)
+
+    def _add(self, stream: Stream, fields: dict[str, int]) -> None:
         key = rule_key(stream, self.ifindex)
-        self.maps.set_rule(key, {"rule_id": rule_id, "xsk_base": xsk_base, "frame_limit": frame_limit})
-        self._rules[rule_id] = stream, key
+        self.maps.set_rule(key, fields)
+        self._rules[fields["rule_id"]] = stream, key
         self.maps.set_lookups(lookups_needed([each for each, _ in self._rules.values()]))
+
+    def set_output(self, output_id: int, fields: dict[str, int | bytes]) -> None:
+        """fields: those of `struct mcr_kernel_output`."""
+        self.maps.set_kernel_output(output_id, fields)
+        self._outputs.add(output_id)
 
     def delete_rule(self, rule_id: int) -> None:
         """Deletes a rule and its counters; the lookups stay as they are."""
@@ -157,11 +188,8 @@ class Relay:
 
     def read(self, name: str, index: int, into: Any) -> None:
         """An entry of an array map, as the kernel has it."""
-        fd = open_pin(self._instance, name)
-        try:
+        with self._open(name) as fd:
             status = lib.bpf_map_lookup_elem(fd, ffi.new("__u32 *", index), into)
-        finally:
-            os.close(fd)
         if status:
             raise OSError(-status, f"reading {name}[{index}]")
 
@@ -172,14 +200,43 @@ class Relay:
         return [stats.packets for stats in per_cpu]
 
     def counted(self, rule_id: int) -> Counted:
-        """The rule's counters without the time; no worker runs, so nothing can have been relayed."""
+        """The rule's counters without the time."""
         counts = self.counts(rule_id)
-        assert (counts.relayed_packets, counts.relayed_bytes) == (0, 0)
         dropped = {reason: count for reason, count in counts.dropped.items() if count}
-        return Counted(counts.received_packets, counts.received_bytes, dropped)
+        received = counts.received_packets, counts.received_bytes
+        return Counted(*received, dropped, counts.relayed_packets, counts.relayed_bytes)
+
+    def sent(self, output_id: int) -> Sent:
+        """The output's counters."""
+        counts = self.maps.output_counts(output_id)
+        dropped = {reason: count for reason, count in counts.dropped.items() if count}
+        return Sent(counts.sent_packets, counts.sent_bytes, dropped)
+
+    def remember_fragment(self, fields: dict[str, Any], dport: int) -> None:
+        """As if the first fragment of a datagram had been seen; fields: of `struct mcr_fragment_key`."""
+        key = ffi.new("struct mcr_fragment_key *", {"ifindex": self.ifindex, **fields})
+        with self._open("fragments") as fd:
+            assert lib.bpf_map_update_elem(fd, key, ffi.new("__u16 *", dport), 0) == 0
+
+    def forget_fragments(self) -> int:
+        """Forgets every datagram whose first fragment was seen, and returns how many there were."""
+        key, count = ffi.new("struct mcr_fragment_key *"), 0
+        with self._open("fragments") as fd:
+            while lib.bpf_map_get_next_key(fd, ffi.NULL, key) == 0:
+                assert lib.bpf_map_delete_elem(fd, key) == 0
+                count += 1
+        return count
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[int]:
+        fd = open_pin(self._instance, name)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def forget(self) -> None:
-        """Everything as it was when the program was loaded: no rule, no lookup, no socket, no count."""
+        """Everything as it was when the program was loaded: no rule, lookup, output, socket or count."""
         for rule_id in tuple(self._rules):
             self.delete_rule(rule_id)
         self.maps.set_lookups(0)
@@ -187,3 +244,8 @@ class Relay:
             self.maps.delete_xsk(index)
             xsk.close()
         self._sockets.clear()
+        for output_id in self._outputs:
+            self.maps.set_kernel_output(output_id, {})
+            self.maps.clear_output(output_id)
+        self._outputs.clear()
+        self.forget_fragments()

@@ -329,8 +329,9 @@ def test_a_frame_cut_off_before_its_ports_are_complete_passes(ready: Relay, fram
 
 
 @pytest.mark.parametrize("flags", [0x2000, 0x6000, 0xE000])
-def test_the_first_fragment_is_counted(ready: Relay, flags: int) -> None:
-    assert_dropped(ready, datagram4(PAYLOAD, fragment_field=flags), "fragment")
+def test_the_first_fragment_is_counted_with_its_part_of_the_payload(ready: Relay, flags: int) -> None:
+    frame = ethernet(ipv4(udp(PAYLOAD, length=4000), fragment_field=flags), IPV4)
+    assert_dropped(ready, frame, "fragment", payload_bytes=17)
 
 
 @pytest.mark.parametrize(
@@ -338,12 +339,77 @@ def test_the_first_fragment_is_counted(ready: Relay, flags: int) -> None:
 )
 def test_the_first_fragment_of_ipv6_is_counted(ready: Relay, before: tuple[Extension, ...]) -> None:
     frame = datagram6(PAYLOAD, [*before, packets.fragment(more=True)])
-    assert_dropped(ready, frame, "fragment", rule_id=RULE6)
+    assert_dropped(ready, frame, "fragment", rule_id=RULE6, payload_bytes=17)
 
 
 def test_an_atomic_fragment_header_in_a_first_fragment_does_not_hide_it(ready: Relay) -> None:
     frame = datagram6(PAYLOAD, [packets.fragment(more=True), packets.fragment()])
-    assert_dropped(ready, frame, "fragment", rule_id=RULE6)
+    assert_dropped(ready, frame, "fragment", rule_id=RULE6, payload_bytes=17)
+
+
+FIRST4 = datagram4(PAYLOAD, fragment_field=packets.MORE_FRAGMENTS)
+FIRST6 = datagram6(PAYLOAD, [packets.fragment(more=True)])
+LATER4 = ethernet(ipv4(b"later part", fragment_field=185), IPV4)
+LATER6 = ethernet(ipv6(b"later part", extensions=[packets.fragment(185)]), IPV6)
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "rule_id"), [(FIRST4, LATER4, RULE), (FIRST6, LATER6, RULE6)], ids=["ipv4", "ipv6"]
+)
+def test_later_fragments_are_counted_with_the_rule_of_the_first(
+    ready: Relay, first: bytes, later: bytes, rule_id: int
+) -> None:
+    assert_passed(ready, later)
+    assert ready.run(first).verdict is Verdict.DROP
+    for _ in range(3):
+        assert ready.run(later).verdict is Verdict.DROP
+    assert ready.counted(rule_id) == Counted(4, 17 + 3 * 10, {"fragment": 4})
+    assert ready.run(later, ifindex=ready.other_ifindex).verdict is Verdict.PASS
+    assert ready.counted(rule_id).packets == 4
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "rule_id"), [(FIRST4, LATER4, RULE), (FIRST6, LATER6, RULE6)], ids=["ipv4", "ipv6"]
+)
+def test_a_truncated_fragment_is_counted_as_that(
+    ready: Relay, first: bytes, later: bytes, rule_id: int
+) -> None:
+    assert_dropped(ready, first[:-1], "truncated", rule_id=rule_id)
+    assert ready.run(later).verdict is Verdict.PASS  # what was cut off is not known as its first one
+    ready.run(first)
+    assert ready.run(later[:-1]).verdict is Verdict.DROP
+    assert ready.counted(rule_id) == Counted(3, 17, {"truncated": 2, "fragment": 1})
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        ethernet(ipv4(b"later part", fragment_field=185, identification=0x1235), IPV4),
+        ethernet(ipv4(b"later part", fragment_field=185, source=IPv4Address("10.1.0.2")), IPV4),
+        ethernet(ipv4(b"later part", fragment_field=185, destination=IPv4Address("239.1.1.2")), IPV4),
+        ethernet(ipv4(b"later part", fragment_field=185, protocol=packets.TCP), IPV4),
+        ethernet(ipv4(b"later part", fragment_field=185), IPV4, [(CUSTOMER_TAG, 100)]),
+        ethernet(ipv6(b"later part", extensions=[packets.fragment(185, identification=0x5678)]), IPV6),
+        ethernet(ipv6(b"later part", extensions=[packets.fragment(185)], protocol=packets.TCP), IPV6),
+    ],
+    ids=["identification", "source", "group", "protocol", "tag", "identification_of_ipv6", "next_header"],
+)
+def test_a_fragment_of_another_datagram_passes(ready: Relay, later: bytes) -> None:
+    ready.run(FIRST4)
+    ready.run(FIRST6)
+    result = ready.run(later)
+    assert (result.verdict, result.frame) == (Verdict.PASS, later)
+    assert (ready.counted(RULE).packets, ready.counted(RULE6).packets) == (1, 1)
+
+
+def test_only_fragments_of_rules_are_remembered(ready: Relay) -> None:
+    ready.run(datagram4(PAYLOAD, fragment_field=0x2000, destination=IPv4Address("239.1.1.2")))
+    ready.run(datagram4(PAYLOAD))
+    ready.run(datagram6(PAYLOAD, [packets.fragment()]))
+    assert ready.forget_fragments() == 0
+    ready.run(FIRST4)
+    ready.run(FIRST6)
+    assert ready.forget_fragments() == 2
 
 
 @pytest.mark.parametrize("missing", [1, 8, 17, 1400, 65000])
@@ -373,7 +439,7 @@ def test_a_udp_length_is_bad_even_where_ethernet_padding_would_hold_it(ready: Re
 @pytest.mark.parametrize(
     ("frame", "reason"),
     [
-        (datagram4(PAYLOAD, fragment_field=0x2000, total_length=1500), "fragment"),
+        (datagram4(PAYLOAD, fragment_field=0x2000, total_length=1500), "truncated"),
         (ethernet(ipv4(udp(PAYLOAD, length=3), fragment_field=0x2000), IPV4), "fragment"),
         (ethernet(ipv4(udp(PAYLOAD, length=3), total_length=1500), IPV4), "truncated"),
         (ethernet(ipv4(udp(bytes(1600), length=3)), IPV4), "bad_length"),
@@ -381,7 +447,7 @@ def test_a_udp_length_is_bad_even_where_ethernet_padding_would_hold_it(ready: Re
     ids=["fragment_truncated", "fragment_bad", "truncated_bad", "bad_oversize"],
 )
 def test_a_frame_with_several_faults_is_counted_once(ready: Relay, frame: bytes, reason: str) -> None:
-    assert_dropped(ready, frame, reason)
+    assert_dropped(ready, frame, reason, payload_bytes=17 if reason == "fragment" else 0)
 
 
 def test_a_frame_longer_than_the_limit_is_oversize(relay: Relay) -> None:
@@ -444,7 +510,7 @@ def test_counters_add_up_over_many_packets(ready: Relay) -> None:
         ready.run(datagram4(PAYLOAD, fragment_field=0x2000))
     for _ in range(11):
         ready.run(datagram4(PAYLOAD, total_length=1500))
-    assert ready.counted(RULE) == Counted(118, 4950, {"fragment": 7, "truncated": 11})
+    assert ready.counted(RULE) == Counted(118, 4950 + 7 * 17, {"fragment": 7, "truncated": 11})
     assert ready.counted(RULE6) == Counted(100, 9900)
     assert set(ready.counts(RULE).dropped) == set(DROP_REASONS)
 
