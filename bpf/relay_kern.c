@@ -159,12 +159,18 @@ static __always_inline int relay_to_worker(struct xdp_md *ctx, struct mcr_rule_s
  * The plain sum of the pseudo header, which is what a sender on this host leaves in the checksum field for
  * the device to complete (CHECKSUM_PARTIAL in the kernel's include/linux/skbuff.h).
  */
-static __always_inline u16 pseudo_sum(u8 *ip, u8 *udp, bool ipv6)
+static __always_inline int pseudo_sum(u8 *ip, u8 *udp, void *data_end, u16 *result)
 {
-	u16 addresses = ipv6 ? mcr_sum(ip + 8, 16) : mcr_sum(ip + 12, 4);
-	u16 length = *(u16 *)(udp + 4);
+	u32 rest = *(u16 *)(udp + 4) + __builtin_bswap16(MCR_PROTOCOL_UDP);
 
-	return mcr_fold((u32)addresses + length + __builtin_bswap16(MCR_PROTOCOL_UDP));
+	if (*ip >> 4 == 4) {
+		*result = mcr_fold(rest + mcr_sum(ip + 12, 4));
+		return 0;
+	}
+	if ((void *)(ip + MCR_IPV6_LENGTH) > data_end)
+		return -1;
+	*result = mcr_fold(rest + (u64)bpf_csum_diff(0, 0, (__be32 *)(ip + 8), 32, 0));
+	return 0;
 }
 
 /* The sum over the UDP header, as it is, and payload; in chunks, because of bpf_csum_diff's limit. */
@@ -206,7 +212,6 @@ static __always_inline int settle_checksum(struct xdp_md *ctx, const struct mcr_
 	u32 ip_offset = packet->ip_offset, udp_offset = packet->payload_offset - MCR_UDP_LENGTH;
 	u16 sum, complete, pseudo, field;
 	u8 *ip, *udp;
-	bool ipv6;
 
 	if (ip_offset > MCR_MAX_IP_OFFSET || udp_offset > 0x7fff)
 		return -1;
@@ -214,11 +219,9 @@ static __always_inline int settle_checksum(struct xdp_md *ctx, const struct mcr_
 	udp = data + udp_offset;
 	if ((void *)(ip + 20) > data_end || (void *)(udp + MCR_UDP_LENGTH) > data_end)
 		return -1;
-	ipv6 = *ip >> 4 == 6;
-	if (ipv6 && (void *)(ip + MCR_IPV6_LENGTH) > data_end)
-		return -1;
 	field = *(u16 *)(udp + 6);
-	pseudo = pseudo_sum(ip, udp, ipv6);
+	if (pseudo_sum(ip, udp, data_end, &pseudo))
+		return -1;
 	if (field != pseudo || packet->drop_reason == MCR_DROP_FRAGMENT)
 		return 0;
 	if (sum_datagram(ctx, udp_offset, packet->payload_length + MCR_UDP_LENGTH, &sum))
