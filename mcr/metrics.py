@@ -96,7 +96,14 @@ class RelayCollector(Collector):
             restarts.add_metric([each.name], each.restarts)
             for reason in ("receive_ring_full", "fill_ring_empty", "socket_dropped"):
                 lost.add_metric([each.name, reason], getattr(counts, reason))
-        return info, up, restarts, lost
+        redirect_lost = CounterMetricFamily(
+            "mcr_redirect_lost_packets",
+            "Kernel path: packets that an egress device did not take",
+            labels=["interface"],
+        )
+        for name, count in self._supervisor.redirect_losses().items():
+            redirect_lost.add_metric([name], count)
+        return info, up, restarts, lost, redirect_lost
 
 
 @contextlib.contextmanager

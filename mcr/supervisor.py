@@ -92,6 +92,18 @@ class Supervisor:
                 facts[name] = replace(facts[name], mode=interface.mode, ingress=interface.ingress)
         return facts
 
+    def redirect_losses(self) -> dict[str, int]:
+        """What the devices of the kernel path did not take, by egress interface."""
+        facts = self._monitor.facts
+        egress = {
+            output.output.interface
+            for state in list(self.desired.rules.values())
+            if state.path == "kernel" and not state.pending
+            for output in state.outputs
+            if output.output.interface in facts
+        }
+        return {name: self.maps.redirect_losses(facts[name].ifindex) for name in sorted(egress)}
+
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:
             adopted = await asyncio.to_thread(self._load)

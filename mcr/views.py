@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def status(supervisor: "Supervisor") -> list[Row]:
-    """One row for each attached interface, and one for the control-plane worker."""
+    """One row for each attached interface, each egress interface of the kernel path, and the joins."""
     rows: list[Row] = []
     for interface in supervisor.attached.values():
         counts = supervisor.maps.worker_counts(interface.slot)
@@ -38,6 +38,8 @@ def status(supervisor: "Supervisor") -> list[Row]:
                 **{name: getattr(counts, name) for name in counts.__slots__},
             }
         )
+    for name, lost in supervisor.redirect_losses().items():
+        rows.append({"object": "egress", "interface": name, "redirect_lost": lost})
     membership = supervisor.membership
     rows.append(
         {
