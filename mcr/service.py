@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 from mcr import metrics, views
 from mcr.config import Attachment, Config, load_config, parse_attachment, parse_listen, parse_rule
-from mcr.control import ControlServer, Peer, RequestError, socket_path
+from mcr.control import ControlServer, Peer, socket_path
 from mcr.errors import McrError
+from mcr.jsonrpc import INVALID_PARAMS, METHOD_NOT_FOUND, RequestError
 from mcr.supervisor import Supervisor
-
-METHOD_NOT_FOUND, INVALID_PARAMS = -32601, -32602
 
 log = logging.getLogger(__name__)
 

@@ -21,24 +21,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcr import control
-from mcr.control import (
+from mcr.control import ControlClient, ControlServer, Limits, Peer, TokenBucket, socket_path
+from mcr.errors import ExitStatus, McrError
+from mcr.jsonrpc import (
     BUSY,
     INTERNAL_ERROR,
     INVALID_PARAMS,
     INVALID_REQUEST,
     METHOD_NOT_FOUND,
     PARSE_ERROR,
-    ControlClient,
-    ControlServer,
-    Limits,
-    Peer,
     RequestError,
-    TokenBucket,
     parse_json,
     parse_request,
-    socket_path,
 )
-from mcr.errors import ExitStatus, McrError
 from tests.conftest import require
 
 Answer = dict[str, Any]
