@@ -15,4 +15,7 @@ int mcr_worker_run(int command_fd, char *message, size_t message_size);
 int mcr_core_parse(uint8_t *frame, uint32_t captured, uint32_t length, uint16_t tag,
 		   struct mcr_packet *parsed);
 
+/* For the tests: the confinement of a worker, on the calling process. Returns 0 or -errno. */
+int mcr_core_confine(void);
+
 #endif /* MCR_API_H */

@@ -13,7 +13,17 @@ sys.path.insert(0, str(HERE.parent.parent))
 
 from mcr.abi import BPF_DIR, abi_cdef, without_preprocessor  # noqa: E402
 
-SOURCES = ("worker", "setup", "frames", "rules", "commands", "egress", "ingress_xsk", "ingress_packet")
+SOURCES = (
+    "worker",
+    "setup",
+    "confine",
+    "frames",
+    "rules",
+    "commands",
+    "egress",
+    "ingress_xsk",
+    "ingress_packet",
+)
 
 PARSED_PACKET = """
 struct mcr_packet {

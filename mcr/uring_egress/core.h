@@ -198,7 +198,9 @@ static inline void worker_tag(struct io_uring_sqe *sqe, enum completion_kind kin
 /* setup.c */
 int setup_worker(struct worker *worker, const int *fds, uint32_t fd_count, int *sockets,
 		 uint32_t *socket_count);
-int drop_privileges(struct worker *worker);
+
+/* confine.c */
+int confine_worker(struct worker *worker);
 
 /* frames.c */
 int frames_move(struct worker *worker, uint32_t frame, enum frame_owner from, enum frame_owner to);

@@ -1,18 +1,10 @@
 // SPDX-License-Identifier: MIT
-/*
- * Everything that a worker ever allocates or opens, checked and done once; and the loss of every
- * privilege after it.
- */
+/* Everything that a worker ever allocates or opens, checked and done once. */
 #include <errno.h>
-#include <grp.h>
-#include <linux/capability.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/resource.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "core.h"
@@ -169,27 +161,4 @@ int setup_worker(struct worker *worker, const int *fds, uint32_t fd_count, int *
 	if (!status)
 		worker->ingress->count(worker);
 	return status;
-}
-
-static int clear_capabilities(void)
-{
-	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
-	struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3] = {0};
-
-	return (int)syscall(SYS_capset, &header, data);
-}
-
-/* From here on the worker can use what it holds and open nothing of value. */
-int drop_privileges(struct worker *worker)
-{
-	uid_t user = worker->setup.user_id;
-	gid_t group = worker->setup.group_id;
-
-	if (user && (setgroups(0, NULL) || setresgid(group, group, group) || setresuid(user, user, user)))
-		return worker_fail(worker, errno, "cannot become user %u: %s", user, strerror(errno));
-	if (clear_capabilities())
-		return worker_fail(worker, errno, "cannot drop capabilities: %s", strerror(errno));
-	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
-		return worker_fail(worker, errno, "prctl: %s", strerror(errno));
-	return 0;
 }

@@ -196,7 +196,7 @@ int mcr_worker_run(int command_fd, char *message, size_t message_size)
 	worker->command_fd = command_fd;
 	status = commands_receive_setup(worker);
 	if (!status)
-		status = drop_privileges(worker);
+		status = confine_worker(worker);
 	if (!status)
 		status = commands_arm(worker);
 	if (!status)

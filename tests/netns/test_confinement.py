@@ -1,0 +1,72 @@
+"""What a worker may still do after its set-up: next to nothing."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.netns.flows import (
+    GROUP_HEARD,
+    GROUP_IN,
+    GROUP_OUT,
+    GROUP_SENT,
+    assert_whole,
+    config,
+    relay_one,
+    status,
+)
+from tests.netns.lab import Lab
+
+
+def proc_status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+@pytest.mark.parametrize("ingress", ["xsk", "packet"])
+def test_worker_has_no_privilege_left_and_still_works(lab: Lab, ingress: str) -> None:
+    topology = lab.topology_relay()
+    attach = f'ingress = "{ingress}"'
+    supervisor = lab.supervisor(topology.relay, config=config(("cam", GROUP_IN, [GROUP_OUT]), attach=attach))
+    told = proc_status(status(lab, topology.relay)["worker_pid"])
+    assert {name: int(told[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapAmb")} == {
+        "CapEff": 0,
+        "CapPrm": 0,
+        "CapInh": 0,
+        "CapAmb": 0,
+    }
+    assert (told["NoNewPrivs"], told["Seccomp"]) == ("1", "2")
+    assert told["Uid"].split() == ["65534"] * 4
+    assert told["Groups"] == ""
+    lab.mcr(topology.relay, "rule", "add", "late", "--from", "239.1.1.5%in0:5000", "--to", "10.2.0.2:6001")
+    sent, heard = relay_one(lab, topology, GROUP_SENT, GROUP_HEARD, 1000, "--rate", "10000")
+    assert_whole(heard, sent)
+    lab.mcr(topology.relay, "rule", "del", "late")
+    assert supervisor.terminate() == 0
+    assert "ERROR" not in supervisor.output()
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "os.open('/etc/passwd', os.O_RDONLY)",
+        "os.execv('/bin/true', ['true'])",
+        "socket.socket()",
+        "os.fork()",
+        "os.kill(os.getppid(), 0)",
+    ],
+)
+def test_confined_process_that_tries_more_is_killed(attempt: str) -> None:
+    code = (
+        "import os, socket\n"
+        "from mcr.uring_egress._core import lib\n"
+        "assert lib.mcr_core_confine() == 0\n"
+        "os.write(1, b'confined')\n"
+        f"{attempt}\n"
+        "os.write(1, b'survived')\n"
+        "os._exit(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=20)
+    assert (done.returncode, done.stdout) == (-signal.SIGSYS, b"confined"), done.stderr
