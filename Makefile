@@ -8,10 +8,10 @@ MCR_HOME ?= $(if $(filter /usr/local,$(PREFIX)),/opt/mcr,$(PREFIX)/lib/mcr)
 PYTHON := .venv/bin/python
 # cffi's own output, which nobody formats, begins with an underscore.
 C_FILES := $(filter-out $(wildcard mcr/_*.c mcr/*/_*.c), \
-	$(wildcard bpf/*.[ch] mcr/*.[ch] mcr/*/*.[ch] tests/c/*.[ch]))
+	$(wildcard bench/*.[ch] bpf/*.[ch] mcr/*.[ch] mcr/*/*.[ch] tests/c/*.[ch]))
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test soak lint format install uninstall clean distclean
+.PHONY: help build demo test soak bench lint format install uninstall clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: build ## run the tests, under 10 minutes (root)
 
 soak: build ## run the long tests with the full figures (root)
 	@scripts/as-root $(PYTHON) -m pytest -m soak --timeout 900 tests
+
+bench: build ## measure throughput against smcroute, about 10 minutes (root; apt install smcroute socat)
+	@scripts/as-root $(PYTHON) -m bench.throughput
 
 lint: build ## check style, types and format
 	$(PYTHON) -m ruff check .

@@ -25,6 +25,7 @@ enum {
 	MCR_VLAN_LENGTH = 4,
 	MCR_IPV6_LENGTH = 40,
 	MCR_UDP_LENGTH = 8,
+	MCR_ANY_LENGTH = 0x7fffffff, /* of a frame: the caller checks it later */
 };
 
 enum { MCR_NO_DROP = -1 };

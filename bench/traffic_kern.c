@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/*
+ * The source and the sink of the benchmark, at the XDP hook, where neither is the bottleneck.
+ *
+ * `generate` is run by BPF_PROG_TEST_RUN with BPF_F_TEST_XDP_LIVE_FRAMES, once for each packet: it writes the
+ * whole header, since the pages come back as the relay left them, waits until the packet is due and redirects
+ * it to the source's own end of a veth pair. `sink` counts what arrives by stream and drops it; what is
+ * not of the benchmark goes to the stack.
+ *
+ * Each runs on one CPU at a time: the generator in its caller, a sink in the NAPI of its one receive queue.
+ * So nothing here is atomic. Compiled by BCC, which gives Python the structs as well.
+ */
+#include <uapi/linux/bpf.h>
+
+#define HEADER_BYTES 42 /* Ethernet, IPv4 without options, UDP */
+#define SEQUENCE_BYTES 8
+#define ETHERNET_IPV4 0x0008 /* in network byte order */
+#define IPV4_WITHOUT_OPTIONS 0x45
+#define PROTOCOL_UDP 17
+#define OFFSET_GROUP_MAC 3 /* of the 23 bits that RFC 1112 section 6.4 takes from the group */
+#define OFFSET_ETHERTYPE 12
+#define OFFSET_IP 14
+#define OFFSET_PROTOCOL 23
+#define OFFSET_CHECKSUM 24
+#define OFFSET_GROUP 30
+#define OFFSET_PORT 36
+
+#define MAX_INTERFACES 1024 /* interface indices of one namespace */
+#define MAX_ARRIVALS 65536  /* streams times interfaces of one benchmark */
+#define DUE_SHIFT 8	    /* due times are kept in 1/256 ns */
+#define MAX_SPINS 8192	    /* some 200 us: below 5,000 packets/s the pace is not kept */
+#define MAX_BEHIND_NS                                                                                        \
+	20000	       /* a later packet moves the schedule: what was missed is not caught up in a burst */
+#define TRIAL_SHIFT 40 /* sequence numbers begin with the number of the trial */
+#define CLOCK_EVERY 64 /* packets, where there is no pace to keep */
+
+struct generator {
+	u64 count; /* packets to send; those after them are dropped */
+	u64 sent;
+	u64 sequence; /* of the current round of the streams */
+	u64 interval; /* between packets, in 1/256 ns; 0 is flat out */
+	u64 due;      /* of the next packet, in 1/256 ns of CLOCK_MONOTONIC */
+	u64 first_ns;
+	u64 last_ns;
+	u64 header[6];	   /* HEADER_BYTES of it, for the first stream */
+	u32 checksum_base; /* sum of the IP header's words without checksum and destination */
+	u32 group;	   /* of the first stream, in host byte order */
+	u32 ifindex;	   /* to send from */
+	u32 streams;
+	u32 stream;   /* of the next packet */
+	u16 port;     /* of the first stream, in host byte order */
+	u16 by_group; /* streams differ in group, else in port */
+};
+
+/* What to expect on an interface; streams == 0 is nothing. */
+struct expectation {
+	u32 group;
+	u32 streams;
+	u32 first_arrival; /* index of the first stream's counters */
+	u16 port;
+	u16 by_group;
+};
+
+/* next_sequence begins with the number of the trial: what comes late from an earlier one is not counted. */
+struct arrival {
+	u64 packets;
+	u64 next_sequence;
+	u64 missing; /* sequence numbers that were jumped over; `late` fills some of them */
+	u64 late;    /* out of order, or twice */
+	u64 first_ns;
+	u64 last_ns; /* of the coarse clock */
+};
+
+BPF_TABLE("array", u32, struct generator, generators, 1);
+BPF_TABLE("array", u32, struct expectation, expectations, MAX_INTERFACES);
+BPF_TABLE("array", u32, struct arrival, arrivals, MAX_ARRIVALS);
+
+static __always_inline u16 swap16(u16 value)
+{
+	return __builtin_bswap16(value);
+}
+
+static __always_inline void keep_pace(struct generator *generator)
+{
+	u64 due_ns = generator->due >> DUE_SHIFT;
+	u64 now_ns = bpf_ktime_get_ns();
+	int spin;
+
+	if (!generator->sent) {
+		generator->first_ns = now_ns;
+		generator->due = now_ns << DUE_SHIFT;
+	} else if (now_ns > due_ns + MAX_BEHIND_NS) {
+		generator->due = now_ns << DUE_SHIFT;
+	} else {
+#pragma clang loop unroll(disable)
+		for (spin = 0; spin < MAX_SPINS && now_ns < due_ns; spin++)
+			now_ns = bpf_ktime_get_ns();
+	}
+	generator->due += generator->interval;
+	generator->last_ns = now_ns;
+}
+
+static __always_inline void look_at_clock(struct generator *generator)
+{
+	if (!generator->sent)
+		generator->first_ns = bpf_ktime_get_ns();
+	if (generator->sent % CLOCK_EVERY == 0 || generator->sent + 1 == generator->count)
+		generator->last_ns = bpf_ktime_get_ns();
+}
+
+/* Patches the destination group, and with it the MAC address and the IP checksum. */
+static __always_inline void write_group(void *frame, const struct generator *generator, u32 group)
+{
+	u32 sum = generator->checksum_base + (group >> 16) + (group & 0xffff);
+
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	*(u8 *)(frame + OFFSET_GROUP_MAC) = group >> 16 & 0x7f;
+	*(u16 *)(frame + OFFSET_GROUP_MAC + 1) = swap16(group);
+	*(u16 *)(frame + OFFSET_CHECKSUM) = swap16(~sum);
+	*(u32 *)(frame + OFFSET_GROUP) = __builtin_bswap32(group);
+}
+
+static __always_inline void write_frame(void *frame, const struct generator *generator)
+{
+	u64 *words = frame;
+
+	words[0] = generator->header[0];
+	words[1] = generator->header[1];
+	words[2] = generator->header[2];
+	words[3] = generator->header[3];
+	words[4] = generator->header[4];
+	*(u16 *)(frame + 40) = (u16)generator->header[5];
+	if (generator->by_group)
+		write_group(frame, generator, generator->group + generator->stream);
+	else
+		*(u16 *)(frame + OFFSET_PORT) = swap16(generator->port + generator->stream);
+	*(u64 *)(frame + HEADER_BYTES) = generator->sequence;
+}
+
+int generate(struct xdp_md *ctx)
+{
+	void *frame = (void *)(long)ctx->data;
+	struct generator *generator;
+	u32 zero = 0;
+
+	generator = generators.lookup(&zero);
+	if (!generator || frame + HEADER_BYTES + SEQUENCE_BYTES > (void *)(long)ctx->data_end)
+		return XDP_ABORTED;
+	if (generator->sent >= generator->count)
+		return XDP_DROP;
+	if (generator->interval)
+		keep_pace(generator);
+	else
+		look_at_clock(generator);
+	write_frame(frame, generator);
+	generator->sent++;
+	generator->stream++;
+	if (generator->stream >= generator->streams) {
+		generator->stream = 0;
+		generator->sequence++;
+	}
+	return bpf_redirect(generator->ifindex, 0);
+}
+
+/* The number of the packet's stream among those expected, or one that is too large. */
+static __always_inline u32 stream_of(void *frame, const struct expectation *expected)
+{
+	u32 group = __builtin_bswap32(*(u32 *)(frame + OFFSET_GROUP));
+	u16 port = swap16(*(u16 *)(frame + OFFSET_PORT));
+
+	if (expected->by_group)
+		return port == expected->port ? group - expected->group : ~0U;
+	return group == expected->group ? (u32)port - expected->port : ~0U;
+}
+
+static __always_inline void count(struct arrival *arrival, u64 sequence)
+{
+	if (sequence >> TRIAL_SHIFT != arrival->next_sequence >> TRIAL_SHIFT)
+		return;
+	arrival->last_ns = bpf_ktime_get_coarse_ns();
+	if (!arrival->packets)
+		arrival->first_ns = arrival->last_ns;
+	arrival->packets++;
+	if (sequence < arrival->next_sequence) {
+		arrival->late++;
+		return;
+	}
+	arrival->missing += sequence - arrival->next_sequence;
+	arrival->next_sequence = sequence + 1;
+}
+
+int sink(struct xdp_md *ctx)
+{
+	void *frame = (void *)(long)ctx->data;
+	u32 ifindex = ctx->ingress_ifindex, stream, index;
+	struct expectation *expected;
+	struct arrival *arrival;
+
+	expected = expectations.lookup(&ifindex);
+	if (!expected || frame + HEADER_BYTES + SEQUENCE_BYTES > (void *)(long)ctx->data_end)
+		return XDP_PASS;
+	if (*(u16 *)(frame + OFFSET_ETHERTYPE) != ETHERNET_IPV4 ||
+	    *(u8 *)(frame + OFFSET_IP) != IPV4_WITHOUT_OPTIONS ||
+	    *(u8 *)(frame + OFFSET_PROTOCOL) != PROTOCOL_UDP)
+		return XDP_PASS;
+	stream = stream_of(frame, expected);
+	if (stream >= expected->streams)
+		return XDP_PASS;
+	index = expected->first_arrival + stream;
+	arrival = arrivals.lookup(&index);
+	if (!arrival)
+		return XDP_PASS; /* never so: the benchmark hands out indices below MAX_ARRIVALS */
+	count(arrival, *(u64 *)(frame + HEADER_BYTES));
+	return XDP_DROP;
+}
