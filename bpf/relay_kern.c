@@ -491,7 +491,8 @@ int mcr_relay(struct xdp_md *ctx)
 		return drop(stats, packet.drop_reason);
 	frame_length = packet.ip_offset + packet.ip_length;
 	if (frame_length > rule->frame_limit)
-		return drop(stats, MCR_DROP_OVERSIZE); /* merged by GRO, or too long for a frame of the pool */
+		return drop(stats,
+			    MCR_DROP_OVERSIZE); /* merged by GRO, or too long for a frame of the pool */
 	if (rule->flags & MCR_RULE_KERNEL)
 		return relay_in_kernel(ctx, stats, rule, &packet, frame_length, later_fragment);
 	fill_metadata(&metadata, &packet, rule_id, 0, bpf_ktime_get_ns());

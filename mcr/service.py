@@ -46,7 +46,10 @@ async def _detach(supervisor: Supervisor, params: dict[str, Any]) -> object:
 
 
 async def _rule_add(supervisor: Supervisor, params: dict[str, Any]) -> object:
-    state = await supervisor.add_rule(parse_rule(params))
+    temporary = params.pop("temporary", False)
+    if not isinstance(temporary, bool):
+        raise RequestError(INVALID_PARAMS, "temporary must be true or false")
+    state = await supervisor.add_rule(parse_rule(params, temporary=temporary))
     return {
         "rule": state.rule.name,
         "path": state.path,

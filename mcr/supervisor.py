@@ -24,6 +24,7 @@ from mcr.maps import MAX_QUEUES, MAX_WORKERS, Maps, lookups_needed
 from mcr.membership import MembershipWorker
 from mcr.netlink import LinkMonitor
 from mcr.rule import InterfaceFacts, Rule, check_rules, plan
+from mcr.state import load_rules, save_rules, set_aside
 
 RETRY_INTERVAL_S = 5.0
 
@@ -115,8 +116,7 @@ class Supervisor:
             stack.push_async_callback(self.membership.stop)
             await stack.enter_async_context(self._monitor)
             stack.push_async_callback(self._stop)
-            if self.config_paths:
-                await self._start_config()
+            await self._start_config()
             if adopted:
                 self._drop_unwanted()
             self._in_background(self._retry(), "mcr-retry")
@@ -159,10 +159,19 @@ class Supervisor:
         loader.drop_links(self.instance, but=attached)
 
     async def _start_config(self) -> None:
-        """What the files ask for and cannot be done yet is logged and waits; a wrong file ends the start."""
-        config = load_config(self.config_paths)
-        self.state = self._with_config(config)
+        """What is asked for and cannot be done yet is logged and waits; a wrong configuration ends the start.
+
+        Saved rules that do not go together with the files are set aside.
+        """
+        self.state = self._with_config(load_config(self.config_paths))
         self._check(self.state)
+        saved = self.state.copy()
+        saved.runtime_rules = load_rules(self.instance)
+        try:
+            self._check(saved)
+            self.state = saved
+        except McrError as error:
+            set_aside(self.instance, str(error))
         async with self._turn:
             await self._apply(self.state, quietly=True)
 
@@ -260,6 +269,8 @@ class Supervisor:
             old = self.state
             try:
                 await self._apply(new)
+                if _lasting(new) != _lasting(old):
+                    await asyncio.to_thread(save_rules, self.instance, _lasting(new).values())
             except BaseException:
                 await self._apply(old, quietly=True)
                 raise
@@ -326,6 +337,11 @@ class Supervisor:
             await asyncio.sleep(RETRY_INTERVAL_S)
             if any(each.pending and each.name in self.facts for each in self.attached.values()):
                 await self._apply_again()
+
+
+def _lasting(state: DesiredState) -> dict[str, Rule]:
+    """The rules from commands that outlive the supervisor."""
+    return {name: rule for name, rule in state.runtime_rules.items() if not rule.temporary}
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ def rules(supervisor: "Supervisor", name: str | None = None) -> list[Row]:
             "output_id": output.output_id,
             "output_state": "pending" if output.pending else "active",
             "output_reason": output.pending,
-            "origin": str(state.rule.origin or "command"),
+            "origin": str(state.rule.origin or ("temporary" if state.rule.temporary else "command")),
         }
         for state in _chosen(supervisor, name)
         for output in state.outputs

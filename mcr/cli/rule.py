@@ -22,10 +22,13 @@ def command() -> None:
     help="An output: 239.2.2.2%eth1:6000,ttl=8",
 )
 @click.option("--path", type=click.Choice(["auto", "kernel", "worker"]), default="auto", show_default=True)
+@click.option("--temporary", is_flag=True, help="Forget the rule when the supervisor ends.")
 @click.pass_obj
-def add(settings: Settings, name: str, stream: str, outputs: tuple[str, ...], path: str) -> None:
+def add(
+    settings: Settings, name: str, stream: str, outputs: tuple[str, ...], path: str, temporary: bool
+) -> None:
     """Add the rule NAME."""
-    params = {"name": name, "from": stream, "to": list(outputs), "path": path}
+    params = {"name": name, "from": stream, "to": list(outputs), "path": path, "temporary": temporary}
     done = call(settings, "rule.add", **params)
     waits = f", pending: {done['pending']}" if done["pending"] else ""
     print(f"added {name}: path {done['path']} ({done['path_reason']}){waits}")

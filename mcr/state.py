@@ -1,0 +1,90 @@
+"""The rules that commands have added, kept in a file so that no crash loses one that was accepted.
+
+Written aside, synced, and put in place by one rename, before the command is answered. A file that is torn or
+foreign is set aside, never guessed at and never fatal. This module must never decide whether a rule is right.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import tomli_w
+
+from mcr.config import load_config
+from mcr.errors import McrError
+from mcr.rule import Rule
+
+HEADER = "# Rules added by command. MCR writes this file; change them with: mcr rule add, mcr rule del\n\n"
+
+log = logging.getLogger(__name__)
+
+
+def state_path(instance: str) -> Path:
+    """`rules.toml` of an instance, in /var/lib/mcr/<instance> or $MCR_STATE_DIR/<instance>."""
+    return Path(os.environ.get("MCR_STATE_DIR") or "/var/lib/mcr") / instance / "rules.toml"
+
+
+def save_rules(instance: str, rules: Iterable[Rule]) -> None:
+    """Makes the file hold exactly these rules. Raises McrError, and then the old file is still there."""
+    path = state_path(instance)
+    tables = [
+        {
+            "name": rule.name,
+            "from": str(rule.stream),
+            "to": [str(output) for output in rule.outputs],
+            "path": rule.path,
+        }
+        for rule in rules
+    ]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, (HEADER + tomli_w.dumps({"rule": tables})).encode())
+    except OSError as error:
+        raise McrError(
+            f"the rules cannot be saved in {path}: {error.strerror}",
+            "make room or set MCR_STATE_DIR to another directory, or use: mcr rule add --temporary",
+        ) from error
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """A crash at any moment leaves the old file or the new one (rename(2), fsync(2))."""
+    new = path.with_suffix(".new")
+    with new.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    new.rename(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def load_rules(instance: str) -> dict[str, Rule]:
+    """The rules that were saved, by name. A file that cannot be understood is set aside, and logged."""
+    path = state_path(instance)
+    if not path.exists():
+        return {}
+    try:
+        return {rule.name: _from_command(rule) for rule in load_config([path]).rules}
+    except McrError as error:
+        set_aside(instance, str(error))
+        return {}
+
+
+def _from_command(rule: Rule) -> Rule:
+    return Rule(rule.name, rule.stream, rule.outputs, rule.path)
+
+
+def set_aside(instance: str, cause: str) -> None:
+    """Renames the file, so that it is neither used nor lost."""
+    path = state_path(instance)
+    aside = path.with_name(f"rules.toml.{time.strftime('%Y%m%dT%H%M%S')}.bad")
+    try:
+        path.rename(aside)
+        log.error("saved rules are not used: %s (set aside as %s)", cause, aside)
+    except OSError as error:
+        log.error("saved rules are not used: %s (and cannot be set aside: %s)", cause, error.strerror)
