@@ -17,6 +17,7 @@ from mcr.config import Attachment, Config, load_config, parse_attachment, parse_
 from mcr.control import ControlServer, Peer, socket_path
 from mcr.errors import McrError
 from mcr.jsonrpc import INVALID_PARAMS, METHOD_NOT_FOUND, RequestError
+from mcr.notify import keep_alive, notify, reloading
 from mcr.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -155,14 +156,25 @@ async def run(
         )
         service.supervisor = supervisor
         ready(supervisor)
+        alive = asyncio.create_task(keep_alive(), name="mcr-watchdog")
+        stack.callback(alive.cancel)
+        notify("READY=1", _status_line(supervisor))
         await stop.wait()
         log.info("stopping")
+        notify("STOPPING=1")
         service.supervisor = None
 
 
+def _status_line(supervisor: Supervisor) -> str:
+    attached = sum(1 for interface in supervisor.attached.values() if not interface.pending)
+    return f"STATUS={attached} interfaces attached, {len(supervisor.desired.rules)} rules"
+
+
 async def _reload_logged(supervisor: Supervisor) -> None:
+    reloading()
     try:
         await supervisor.reload()
         log.info("reloaded")
     except McrError as error:
         log.error("reload changed nothing: %s (%s)", error, error.remedy)
+    notify("READY=1", _status_line(supervisor))
