@@ -33,6 +33,7 @@ enum {
 	RULE_SLOTS = 8192, /* of the AF_PACKET ingress's own rule table: a power of two, half full at most */
 	CONTROL_BYTES = 128, /* of one send: UDP_SEGMENT, TOS, TTL and PKTINFO */
 	COMMAND_FDS = 4,
+	CACHE_LINE_BYTES = 64,
 	NONE = UINT32_MAX,
 };
 

@@ -183,8 +183,18 @@ static bool extends(const struct run *run, const struct packet *packet, uint32_t
 	return true;
 }
 
+/* The kernel copies payload by payload and waits for each, because another CPU wrote it: fetch ahead. */
+static void fetch_payload(const struct packet *packet)
+{
+	const uint8_t *payload = packet->frame + packet->payload_offset;
+
+	for (uint32_t i = 0; i < packet->payload_length; i += CACHE_LINE_BYTES)
+		__builtin_prefetch(payload + i);
+}
+
 static int add_packet(struct worker *worker, struct run *run, const struct packet *packet)
 {
+	fetch_payload(packet);
 	run->payloads[run->count] = (struct iovec){packet->frame + packet->payload_offset,
 						   packet->payload_length};
 	run->frames[run->count++] = packet->frame_index;
