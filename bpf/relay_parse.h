@@ -47,7 +47,7 @@ struct mcr_packet {
 	__u8 ttl;
 	__u8 tos;
 	__u32 identification; /* of a fragment */
-	__u16 ip_length;      /* header and all */
+	__u32 ip_length;      /* header and all: up to 40 + 65535 */
 };
 
 static __always_inline __u16 mcr_load_u16(const void *from)

@@ -54,10 +54,10 @@ static __always_inline __u16 mcr_sum(const void *from, int words)
 }
 
 /*
- * The UDP checksum field: zero stays zero over IPv4 (RFC 768), a partial one is the plain sum of the pseudo
- * header, whose ports the device adds later.
+ * The UDP checksum field: zero, which is none, stays zero (RFC 768, RFC 6936), a partial one is the plain sum
+ * of the pseudo header, whose ports the device adds later.
  */
-static __always_inline void mcr_update_udp(__u8 *udp, const struct mcr_metadata *metadata, bool ipv6,
+static __always_inline void mcr_update_udp(__u8 *udp, const struct mcr_metadata *metadata,
 					   __u16 addresses_before, __u16 addresses_after, bool keep_port,
 					   __u16 dport)
 {
@@ -72,7 +72,7 @@ static __always_inline void mcr_update_udp(__u8 *udp, const struct mcr_metadata 
 		*check = mcr_fold((__u64)*check + (__u16)~before + after);
 		return;
 	}
-	if (!*check && !ipv6)
+	if (!*check)
 		return;
 	before = mcr_fold((__u32)before + port_before);
 	after = mcr_fold((__u32)after + port_after);
@@ -116,8 +116,7 @@ static __always_inline int mcr_rewrite_ipv4(void *data, void *data_end, const st
 	udp = ip + (ip[0] & 0x0f) * 4;
 	if ((void *)(udp + MCR_UDP_LENGTH) > data_end)
 		return MCR_DROP_TRUNCATED;
-	mcr_update_udp(udp, metadata, false, before, after, output->flags & MCR_OUTPUT_KEEP_PORT,
-		       output->dport);
+	mcr_update_udp(udp, metadata, before, after, output->flags & MCR_OUTPUT_KEEP_PORT, output->dport);
 	return MCR_REWRITTEN;
 }
 
@@ -144,8 +143,7 @@ static __always_inline int mcr_rewrite_ipv6(void *data, void *data_end, const st
 	udp = (__u8 *)data + udp_offset;
 	if ((void *)(udp + MCR_UDP_LENGTH) > data_end)
 		return MCR_DROP_TRUNCATED;
-	mcr_update_udp(udp, metadata, true, before, after, output->flags & MCR_OUTPUT_KEEP_PORT,
-		       output->dport);
+	mcr_update_udp(udp, metadata, before, after, output->flags & MCR_OUTPUT_KEEP_PORT, output->dport);
 	return MCR_REWRITTEN;
 }
 

@@ -46,7 +46,7 @@ def fragment(offset: int = 0, more: bool = False, *, identification: int = 0x123
 def checksum(data: bytes) -> int:
     """The Internet checksum (RFC 1071)."""
     padded = data + bytes(len(data) % 2)
-    total = sum(struct.unpack(f"!{len(padded) // 2}H", padded))
+    total: int = sum(struct.unpack(f"!{len(padded) // 2}H", padded))
     while total > 0xFFFF:
         total = (total & 0xFFFF) + (total >> 16)
     return total ^ 0xFFFF

@@ -4,9 +4,10 @@ Sources and sinks are `mcr send` and `mcr listen`, real processes over ordinary 
 """
 
 import json
+import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tests.netns.lab import Lab, Namespace, Process, RelayTopology
@@ -19,11 +20,12 @@ GROUP_OUT = "239.2.2.2%out0:6000,ttl=8"
 GROUP_HEARD = "239.2.2.2%eth0:6000"
 
 
-def config(*rules: tuple[str, str, list[str]], attach: str = "") -> str:
+def config(*rules: tuple[str, str, Sequence[str]], attach: str = "", path: str = "auto") -> str:
     """A TOML file that attaches in0 (attach: further lines of that table) and has these rules."""
     text = f'[[attach]]\ninterface = "in0"\n{attach}\n'
     for name, stream, outputs in rules:
         text += f'[[rule]]\nname = "{name}"\nfrom = "{stream}"\nto = {json.dumps(outputs)}\n'
+        text += f'path = "{path}"\n'
     return text
 
 
@@ -64,6 +66,14 @@ def status(lab: Lab, relay: Namespace) -> Report:
     return row
 
 
+def assert_accounted(lab: Lab, relay: Namespace, count: int) -> None:
+    """received = relayed + dropped, relayed = sent + dropped, and nothing was dropped."""
+    rule, *outputs = stats(lab, relay)
+    assert (rule["received_packets"], rule["relayed_packets"], dropped(rule)) == (count, count, {})
+    for output in outputs:
+        assert (output["sent_packets"], dropped(output)) == (count, {})
+
+
 def dropped(row: Report) -> dict[str, int]:
     """The reasons for which packets were dropped, without those that never occurred."""
     return {key.removeprefix("dropped_"): row[key] for key in row if key.startswith("dropped_") and row[key]}
@@ -92,3 +102,21 @@ def relay_one(
     sink = listen(lab, topology.dst, heard_at, "--expect", str(count), "--idle", "5", "--digest")
     sent = send(lab, topology.src, sent_to, "--count", str(count), "--digest", *options)
     return sent, report(sink)
+
+
+def transfer_tcp(lab: Lab, src: Namespace, relay: Namespace, size: int) -> int:
+    """Sends size bytes by TCP from src to the relay host. Returns how many arrived as they were."""
+    with lab.inside(relay):
+        listener = socket.create_server(("10.1.0.2", 7000))
+    with lab.inside(src):
+        client = socket.create_connection(("10.1.0.2", 7000))
+    server, _ = listener.accept()
+    chunk = bytes(range(256)) * 256
+    arrived = 0
+    with listener, client, server:
+        while arrived < size:
+            client.sendall(chunk)
+            data = server.recv(len(chunk), socket.MSG_WAITALL)
+            assert data == chunk
+            arrived += len(data)
+    return arrived

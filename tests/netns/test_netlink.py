@@ -41,14 +41,15 @@ def told_addresses(lab: Lab, namespace: Namespace, interface: str) -> list[dict[
 
 
 def settle(lab: Lab, namespace: Namespace) -> None:
-    """Returns once eth0 has its link-local address, and the kernel has made usable all that eth0 has.
+    """Returns once every interface that is up has a link-local address and no tentative one.
 
-    Without duplicate address detection it does that a moment after the address has come.
+    Also without duplicate address detection an address is tentative for a moment.
     """
     deadline = time.monotonic() + 10
     while True:
-        told = told_addresses(lab, namespace, "eth0")
-        if told and not any(each.get("tentative") for each in told):
+        links = json.loads(lab.ip(namespace, "-j address show"))
+        told = [link["addr_info"] for link in links if link["operstate"] == "UP"]
+        if all(addresses and not any(each.get("tentative") for each in addresses) for addresses in told):
             return
         assert time.monotonic() < deadline, told
         time.sleep(0.01)

@@ -14,6 +14,7 @@ from tests.netns.flows import (
     GROUP_IN,
     GROUP_OUT,
     GROUP_SENT,
+    assert_accounted,
     assert_whole,
     config,
     dropped,
@@ -23,6 +24,7 @@ from tests.netns.flows import (
     send,
     stats,
     status,
+    transfer_tcp,
     wait_until,
 )
 from tests.netns.lab import Lab, Namespace, RelayTopology
@@ -31,14 +33,6 @@ IPV6_IN, IPV6_SENT = "[ff15::1]%in0:5000", "[ff15::1]%eth0:5000"
 IPV6_OUT, IPV6_HEARD = "[ff15::2]%out0:6000,ttl=8", "[ff15::2]%eth0:6000"
 
 SIZES = ["0", "1", "17", "512", "1472", "0,1,17,512,1316,1472"]
-
-
-def assert_accounted(lab: Lab, relay: Namespace, count: int) -> None:
-    """received = relayed + dropped, relayed = sent + dropped, and nothing was dropped."""
-    rule, *outputs = stats(lab, relay)
-    assert (rule["received_packets"], rule["relayed_packets"], dropped(rule)) == (count, count, {})
-    for output in outputs:
-        assert (output["sent_packets"], dropped(output)) == (count, {})
 
 
 @pytest.mark.parametrize(
@@ -259,29 +253,11 @@ def test_other_traffic_is_untouched(lab: Lab) -> None:
     sent = send(lab, topology.src, GROUP_SENT, *options, "20000")
     ping = lab.run(topology.src, ["ping", "-c", "20", "-i", "0.01", "-s", "1400", "10.1.0.2"]).stdout
     assert "20 packets transmitted, 20 received" in ping
-    assert transfer_tcp(lab, topology, 8 << 20) == 8 << 20
+    assert transfer_tcp(lab, topology.src, topology.relay, 8 << 20) == 8 << 20
     assert_whole(report(other), others[0])
     assert_whole(report(same_group), others[1])
     assert_whole(report(sink), sent)
     assert_accounted(lab, topology.relay, 20_000)
-
-
-def transfer_tcp(lab: Lab, topology: RelayTopology, size: int) -> int:
-    """Sends size bytes by TCP from src to the relay host. Returns how many arrived as they were."""
-    with lab.inside(topology.relay):
-        listener = socket.create_server(("10.1.0.2", 7000))
-    with lab.inside(topology.src):
-        client = socket.create_connection(("10.1.0.2", 7000))
-    server, _ = listener.accept()
-    chunk = bytes(range(256)) * 256
-    arrived = 0
-    with listener, client, server:
-        while arrived < size:
-            client.sendall(chunk)
-            data = server.recv(len(chunk), socket.MSG_WAITALL)
-            assert data == chunk
-            arrived += len(data)
-    return arrived
 
 
 @pytest.mark.parametrize("ingress", ["xsk", "packet"])

@@ -191,7 +191,12 @@ ATTACH = '[[attach]]\ninterface = "eth0"\n'
         (RULE + "to = ['10.0.0.1:5', '10.0.0.1:5']", 4, "has the output 10.0.0.1:5 twice", "remove one"),
         (RULE + "to = ['10.0.0.1:5']\npath = 'fast'", 5, "path is 'fast'", '"auto", "kernel", "worker"'),
         (RULE + "to = ['10.0.0.1:5']\npath = 'kernel'", 1, "cannot take the kernel path", '"worker"'),
-        (RULE + "to = ['239.1.1.2%e:5,vlan=9']", 1, "takes the worker path, which cannot tag", "e.9"),
+        (
+            RULE + "to = ['239.1.1.2%e:5,vlan=9']\npath = 'worker'",
+            1,
+            "takes the worker path, which cannot tag",
+            "e.9",
+        ),
         (RULE + "to = ['239.1.1.1%eth0:5']", 1, "rule 'a' sends to its own input", "another group"),
         (RULE + "to = ['10.0.0.1:5']\n" + RULE + "to = ['10.0.0.2:5']", 5, "two rules named 'a'", "rename"),
     ],

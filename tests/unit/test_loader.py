@@ -22,13 +22,13 @@ from mcr._bpf import ffi, lib
 import mcr
 from mcr import loader
 from mcr.errors import ExitStatus, McrError
-from mcr.loader import MAP_NAMES, PROGRAM_NAME, pin_dir
+from mcr.loader import MAP_NAMES, PROGRAM_NAME, PROGRAMS, pin_dir
 from mcr.maps import Maps, rule_key
 from mcr.netlink import xdp_program
 from mcr.stream import parse_stream
 from tests.netns.lab import Lab
 
-PINS = {*MAP_NAMES, PROGRAM_NAME}
+PINS = {*MAP_NAMES, *PROGRAMS}
 NOBODY = 65534
 SpoilSource = Callable[[str, str, str], None]
 Mode = Literal["native", "generic"]
@@ -163,7 +163,7 @@ def test_descriptors_of_pins_are_not_inherited(instance: str) -> None:
 
 
 def test_a_compile_error_comes_back_with_the_compilers_words(instance: str, spoil: SpoilSource) -> None:
-    spoil("relay_kern.c", "u32 rule_id, xsk;", "u32 rule_id; no_such_type xsk;")
+    spoil("relay_kern.c", "u32 rule_id, frame_length;", "u32 rule_id; no_such_type frame_length;")
     with pytest.raises(McrError) as caught:
         loader.load(instance)
     assert caught.value.cause.startswith("relay_kern.c does not compile: ")
@@ -173,7 +173,7 @@ def test_a_compile_error_comes_back_with_the_compilers_words(instance: str, spoi
 
 
 def test_a_verifier_error_comes_back_with_the_verifiers_words(instance: str, spoil: SpoilSource) -> None:
-    spoil("relay_parse.h", "if ((void *)(cursor + 2) > data_end)\n\t\treturn 0;\n", "")
+    spoil("relay_parse.h", "if ((void *)(cursor + 2) > data_end)\n\t\treturn MCR_PARSED_OTHER;\n", "")
     with pytest.raises(McrError) as caught:
         loader.load(instance)
     words = r"the kernel refused mcr_relay: Permission denied: R\d offset is outside of the packet"
@@ -242,7 +242,16 @@ def test_bpftool_prints_rules_by_the_names_of_their_fields(instance: str) -> Non
             "daddr": [*mapped, 239, 1, 1, 1],
             "saddr": [*mapped, 10, 0, 0, 7],
         },
-        "value": {"rule_id": 3, "xsk_base": 64, "frame_limit": 1522, "reserved": 0},
+        "value": {
+            "rule_id": 3,
+            "xsk_base": 64,
+            "frame_limit": 1522,
+            "flags": 0,
+            "output_id": 0,
+            "smallest_mtu": 0,
+            "partial_seen": 0,
+            "reserved": 0,
+        },
     }
     plain = subprocess.run(
         ["bpftool", "map", "dump", "pinned", rules], check=True, capture_output=True, text=True
@@ -272,7 +281,9 @@ def test_bpftool_names_the_program_and_its_maps(instance: str) -> None:
     program = bpftool("prog", "show", "pinned", pin_dir(instance) / PROGRAM_NAME)
     assert (program["name"], program["type"]) == ("mcr_relay", "xdp")
     used = {bpftool("map", "show", "id", str(number))["name"] for number in program["map_ids"]}
-    assert used == {"rules", "settings", "xsks", "rule_stats"}
+    both = {"rules", "settings", "rule_stats", "fragments"}
+    kernel_path = {"kernel_outputs", "rule_outputs", "output_stats", "fan_outs", "scratch"}
+    assert used == {*both, *kernel_path, "xsks"}
 
 
 # Attaching

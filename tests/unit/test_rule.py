@@ -3,9 +3,13 @@
 import random
 import re
 import time
+from collections.abc import Mapping
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv6Address
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +21,8 @@ from mcr.rule import (
     MCR_MAX_OUTPUTS,
     MCR_MAX_OUTPUTS_PER_RULE,
     MCR_MAX_RULES,
+    XDP_FEATURE_NDO_XMIT,
+    XDP_FEATURE_NDO_XMIT_SG,
     Diff,
     InterfaceFacts,
     Origin,
@@ -26,6 +32,7 @@ from mcr.rule import (
     check_rules,
     diff,
     plan,
+    source_address,
 )
 from mcr.stream import parse_output, parse_stream
 
@@ -37,10 +44,6 @@ def make(
 ) -> Rule:
     origin = Origin("m.toml", line) if line else None
     return Rule(name, parse_stream(stream), tuple(map(parse_output, outputs)), path, origin)
-
-
-def facts(name: str, *, ethernet: bool = True) -> dict[str, InterfaceFacts]:
-    return {name: InterfaceFacts(name, 7, 1500, True, ethernet, "02:00:00:00:00:01" if ethernet else "")}
 
 
 def test_the_limits_are_those_of_the_abi() -> None:
@@ -352,53 +355,206 @@ def test_a_loop_through_every_rule_is_found_without_recursion() -> None:
     assert caught.value.cause.count(" -> ") == 4001
 
 
-def test_a_rule_takes_the_worker_path_and_says_why() -> None:
-    group = make("a", "239.1.1.1%eth0:5", "239.2.2.2%eth1:6")
-    assert plan(group, facts("eth1")) == Plan("worker", "this version has no kernel path")
-    asked = make("a", "239.1.1.1%eth0:5", "239.2.2.2%eth1:6", path="worker")
-    assert plan(asked, {}) == Plan("worker", "asked for")
+NATIVE, GENERIC = {"mode": "native", "ingress": "xsk"}, {"mode": "generic", "ingress": "xsk"}
+FEATURES = XDP_FEATURE_NDO_XMIT | XDP_FEATURE_NDO_XMIT_SG
+GROUP = "239.2.2.2%eth1:6"
+CANNOT_TRANSMIT = (
+    "eth1 cannot transmit redirected frames "
+    "(its driver has no XDP transmit, or it is a veth whose peer has neither GRO nor XDP)"
+)
+
+
+def facts(name: str, **changes: Any) -> InterfaceFacts:
+    """An interface that nothing stands against; it is not attached."""
+    plain = InterfaceFacts(
+        name, 7, 1500, True, True, "02:00:00:00:00:01",
+        ipv4=IPv4Address("10.2.0.1"), ipv6=IPv6Address("fd02::1"), ipv6_link=IPv6Address("fe80::1"),
+        xdp_features=FEATURES,
+    )  # fmt: skip
+    return replace(plain, **changes)
+
+
+def network(
+    eth0: Mapping[str, Any] = MappingProxyType({}),
+    eth1: Mapping[str, Any] = MappingProxyType({}),
+    eth2: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, InterfaceFacts]:
+    """Three interfaces that differ from `facts` as said; eth0 is attached in native mode if not said."""
+    return {
+        "eth0": facts("eth0", **{**NATIVE, **eth0}),
+        "eth1": facts("eth1", **eth1),
+        "eth2": facts("eth2", **eth2),
+    }
+
+
+KERNEL = [
+    ("one output", [GROUP], network()),
+    ("several interfaces", [GROUP, "239.2.2.2%eth2:6"], network()),
+    ("vlan=", ["239.2.2.2%eth1:6,vlan=100"], network()),
+    ("generic mode, one output", [GROUP], network(eth0=GENERIC)),
+    ("generic mode needs no XDP transmit", [GROUP], network(eth0=GENERIC, eth1={"xdp_features": 0})),
+    ("no SG for small frames", [GROUP], network(eth1={"xdp_features": XDP_FEATURE_NDO_XMIT})),
+    (
+        "the largest MTU of one buffer",
+        [GROUP, "239.2.2.2%eth2:6"],
+        network({"mtu": 3496}, {"mtu": 3496, "xdp_features": XDP_FEATURE_NDO_XMIT}, {"mtu": 3496}),
+    ),
+    ("jumbo frames, one output", [GROUP], network({"mtu": 9000}, {"mtu": 9000})),
+    ("larger egress MTU", [GROUP], network(eth1={"mtu": 9000})),
+    ("no address but another source", [GROUP + ",source=10.0.0.9"], network(eth1={"ipv4": None})),
+    ("no address but a preserved source", [GROUP + ",source=preserve"], network(eth1={"ipv4": None})),
+    ("absent egress", ["239.2.2.2%eth9:6"], network()),
+    ("absent ingress", [GROUP], {"eth1": facts("eth1", xdp_features=0)}),
+    ("nothing known", [GROUP], {}),
+]
 
 
 @pytest.mark.parametrize(
-    ("outputs", "reason"),
-    [
-        (["239.2.2.2%eth1:6", "10.20.0.9:6"], "output 10.20.0.9:6 is unicast where a group is needed"),
-        (["239.2.2.2%eth1:6", "239.2.2.3%eth1:6"], "2 outputs leave by eth1"),
-        (["[ff15::2]%eth1:6"], "output [ff15::2]%eth1:6 is IPv6 but the input is IPv4"),
-        (["239.2.2.2%tun0:6"], "tun0 is not Ethernet"),
-    ],
+    ("outputs", "interfaces"), [each[1:] for each in KERNEL], ids=[each[0] for each in KERNEL]
 )
-def test_the_first_thing_against_the_kernel_path_is_the_reason(outputs: list[str], reason: str) -> None:
-    rule = make("a", "239.1.1.1%eth0:5", *outputs)
-    assert plan(rule, facts("tun0", ethernet=False)) == Plan("worker", reason)
+def test_a_rule_takes_the_kernel_path_where_nothing_stands_against_it(
+    outputs: list[str], interfaces: dict[str, InterfaceFacts]
+) -> None:
+    auto, asked = (make("a", "239.1.1.1%eth0:5", *outputs, path=path) for path in ("auto", "kernel"))
+    assert plan(auto, interfaces) == Plan("kernel", "nothing stands against it")
+    assert plan(asked, interfaces) == Plan("kernel", "asked for")
 
 
-def test_a_rule_that_insists_on_the_kernel_path_is_told_everything_against_it() -> None:
-    rule = make(
-        "a",
-        "239.1.1.1%eth0:5",
-        "10.20.0.9:6",
-        "239.2.2.2%tun0:6",
-        "239.2.2.3%tun0:6,vlan=5",
-        "[ff15::2]%eth1:6",
-        path="kernel",
-        line=7,
+AGAINST_KERNEL = [
+    (["10.20.0.9:6"], network(), "output 10.20.0.9:6 is unicast where a group is needed"),
+    ([GROUP, "10.20.0.9:6"], network(), "output 10.20.0.9:6 is unicast where a group is needed"),
+    ([GROUP, "239.2.2.3%eth1:6"], network(), "2 outputs leave by eth1"),
+    (["[ff15::2]%eth1:6"], network(), "output [ff15::2]%eth1:6 is IPv6 but the input is IPv4"),
+    ([GROUP], network(eth1={"ipv4": None}), "eth1 has no IPv4 address to send from"),
+    ([GROUP], network(eth1={"ethernet": False, "mac": ""}), "eth1 is not Ethernet"),
+    ([GROUP], network(eth0={"ethernet": False, "mac": ""}), "eth0 is not Ethernet"),
+    (
+        [GROUP],
+        network(eth0={"mode": "", "ingress": "packet"}),
+        "eth0 uses AF_PACKET, where no XDP program runs",
+    ),
+    (
+        [GROUP, "239.2.2.2%eth2:6"],
+        network(eth0=GENERIC),
+        "eth0 is attached in generic mode, which lets clones share one header",
+    ),
+    (
+        [GROUP, "239.2.2.2%eth2:6"],
+        network({"mtu": 3497}, {"mtu": 3497}, {"mtu": 3497}),
+        "frames of eth0's MTU 3497 take several buffers, which cannot be cloned",
+    ),
+    (
+        [GROUP],
+        network(eth1={"xdp_features": None}),
+        "the kernel, before 6.3, does not tell whether eth1 can transmit redirected frames",
+    ),
+    ([GROUP], network(eth1={"xdp_features": 0}), CANNOT_TRANSMIT),
+    ([GROUP], network(eth1={"xdp_features": ~XDP_FEATURE_NDO_XMIT & 0xFF}), CANNOT_TRANSMIT),
+    (
+        [GROUP],
+        network({"mtu": 9000}, {"mtu": 9000, "xdp_features": XDP_FEATURE_NDO_XMIT}),
+        CANNOT_TRANSMIT,
+    ),
+]
+
+
+@pytest.mark.parametrize(("outputs", "interfaces", "reason"), AGAINST_KERNEL)
+def test_what_stands_against_the_kernel_path_is_the_reason_for_the_worker(
+    outputs: list[str], interfaces: dict[str, InterfaceFacts], reason: str
+) -> None:
+    auto, asked, worker = (
+        make("a", "239.1.1.1%eth0:5", *outputs, path=path, line=7) for path in ("auto", "kernel", "worker")
     )
+    assert plan(auto, interfaces) == Plan("worker", reason)
+    assert plan(worker, interfaces) == Plan("worker", "asked for")
     with pytest.raises(McrError) as caught:
-        plan(rule, facts("tun0", ethernet=False))
-    assert str(caught.value) == (
-        "m.toml:7: rule 'a' cannot take the kernel path: "
-        "output 10.20.0.9:6 is unicast where a group is needed; 2 outputs leave by tun0; "
-        "output [ff15::2]%eth1:6 is IPv6 but the input is IPv4; tun0 is not Ethernet; "
-        "this version has no kernel path"
-    )
+        plan(asked, interfaces)
+    assert str(caught.value) == f"m.toml:7: rule 'a' cannot take the kernel path: {reason}"
     assert caught.value.remedy == 'choose the path "auto" or "worker"'
 
 
-@pytest.mark.parametrize("path", ["auto", "worker"])
-def test_the_worker_path_cannot_tag_and_points_to_the_vlan_interface(path: Literal["auto", "worker"]) -> None:
+def test_a_smaller_egress_mtu_is_a_reason_only_where_the_path_is_free() -> None:
+    interfaces = network(eth1={"mtu": 1499})
+    reason = "eth1's MTU 1499 is smaller than eth0's 1500, and only the worker path fragments"
+    auto, asked, worker = (
+        make("a", "239.1.1.1%eth0:5", GROUP, path=path) for path in ("auto", "kernel", "worker")
+    )
+    assert plan(auto, interfaces) == Plan("worker", reason)
+    assert plan(asked, interfaces) == Plan("kernel", "asked for")
+    assert plan(worker, interfaces) == Plan("worker", "asked for")
+
+
+@pytest.mark.parametrize(
+    ("addresses", "kernel"),
+    [
+        ({"ipv6": None}, True),
+        ({"ipv6_link": None}, True),
+        ({"ipv4": None}, True),
+        ({"ipv6": None, "ipv6_link": None}, False),
+    ],
+)
+def test_an_ipv6_output_sends_from_any_ipv6_address(addresses: dict[str, None], kernel: bool) -> None:
+    rule = make("a", "[ff15::1]%eth0:5", "[ff15::2]%eth1:6")
+    expected = (
+        Plan("kernel", "nothing stands against it")
+        if kernel
+        else Plan("worker", "eth1 has no IPv6 address to send from")
+    )
+    assert plan(rule, network(eth1=addresses)) == expected
+
+
+def test_a_group_of_link_scope_is_sent_from_the_link_local_address() -> None:
+    eth1, wide, link = facts("eth1"), IPv6Address("fd02::1"), IPv6Address("fe80::1")
+    for group, first, second in (("ff15::2", wide, link), ("ff02::2", link, wide), ("ff12::2", link, wide)):
+        output = parse_output(f"[{group}]%eth1:6")
+        assert source_address(output, eth1) == first
+        without = {wide: replace(eth1, ipv6=None), link: replace(eth1, ipv6_link=None)}[first]
+        assert source_address(output, without) == second
+    assert source_address(parse_output(GROUP), eth1) == IPv4Address("10.2.0.1")
+    assert source_address(parse_output(GROUP), replace(eth1, ipv4=None)) is None
+
+
+def test_a_rule_that_insists_on_the_kernel_path_is_told_everything_against_it() -> None:
+    outputs = [
+        "10.20.0.9:6",
+        "239.2.2.2%eth1:6",
+        "239.2.2.3%eth1:6,vlan=5,source=10.0.0.9",
+        "[ff15::2]%eth2:6",
+    ]
+    rule = make("a", "239.1.1.1%eth0:5", *outputs, path="kernel", line=7)
+    interfaces = network(
+        {"mtu": 9000, "ethernet": False, **GENERIC},
+        {"ethernet": False, "ipv4": None},
+        {"xdp_features": 0, "mtu": 9000},
+    )
+    reasons = [
+        "output 10.20.0.9:6 is unicast where a group is needed",
+        "2 outputs leave by eth1",
+        "eth1 has no IPv4 address to send from",
+        "output [ff15::2]%eth2:6 is IPv6 but the input is IPv4",
+        "eth0 is not Ethernet",
+        "eth1 is not Ethernet",
+        "eth0 is attached in generic mode, which lets clones share one header",
+        "frames of eth0's MTU 9000 take several buffers, which cannot be cloned",
+    ]
     with pytest.raises(McrError) as caught:
-        plan(make("a", "239.1.1.1%eth0:5", "239.2.2.2%eth7:6,vlan=100", path=path, line=2), {})
+        plan(rule, interfaces)
+    assert caught.value.cause == f"rule 'a' cannot take the kernel path: {'; '.join(reasons)}"
+    interfaces["eth0"] = replace(interfaces["eth0"], mode="native")
+    with pytest.raises(McrError) as caught:
+        plan(rule, interfaces)
+    cannot = [CANNOT_TRANSMIT.replace("eth1", "eth2")]
+    assert caught.value.cause == (
+        f"rule 'a' cannot take the kernel path: {'; '.join([*reasons[:6], reasons[7], *cannot])}"
+    )
+
+
+@pytest.mark.parametrize(("path", "outputs"), [("auto", ["10.20.0.9:6"]), ("worker", [])])
+def test_the_worker_path_cannot_tag_and_points_to_the_vlan_interface(
+    path: Literal["auto", "worker"], outputs: list[str]
+) -> None:
+    with pytest.raises(McrError) as caught:
+        plan(make("a", "239.1.1.1%eth0:5", "239.2.2.2%eth7:6,vlan=100", *outputs, path=path, line=2), {})
     assert "cannot tag output 239.2.2.2%eth7:6,vlan=100" in caught.value.cause
     assert caught.value.remedy == "remove vlan= and send through the VLAN interface, such as eth7.100"
     assert caught.value.where == "m.toml:2"

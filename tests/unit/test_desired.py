@@ -1,0 +1,283 @@
+"""From rules and interfaces to what has to be where: specs of both paths, what is pending, and ids."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Any
+
+import pytest
+from mcr._bpf import ffi, lib
+
+from mcr.config import Attachment
+from mcr.desired import (
+    Desired,
+    IdPool,
+    Ids,
+    KernelOutputSpec,
+    OutputSpec,
+    OutputState,
+    RuleSpec,
+    frame_limit,
+    frame_size,
+    group_mac,
+    longest_frame,
+    output_flags,
+    realise,
+)
+from mcr.maps import rule_key
+from mcr.membership import Membership
+from mcr.rule import InterfaceFacts, PathChoice, Rule
+from mcr.stream import parse_output, parse_stream
+
+XMIT = 4 | 64  # NDO_XMIT and NDO_XMIT_SG of enum netdev_xdp_act
+CAM = "239.1.1.1%in0:5000"
+
+
+def facts(name: str, ifindex: int, number: int, **changes: Any) -> InterfaceFacts:
+    plain = InterfaceFacts(
+        name, ifindex, 1500, True, True, f"02:00:00:00:00:{number:02x}",
+        ipv4=IPv4Address(f"10.{number}.0.1"), ipv6=IPv6Address(f"fd{number:02}::1"),
+        ipv6_link=IPv6Address(f"fe80::{number}"), xdp_features=XMIT,
+    )  # fmt: skip
+    return replace(plain, **changes)
+
+
+IN0 = facts("in0", 11, 1, mode="native", ingress="xsk")
+INTERFACES = {"in0": IN0, "out0": facts("out0", 12, 2), "out1": facts("out1", 13, 3)}
+ATTACHED = {"in0": Attachment("in0")}
+
+
+def make(name: str, stream: str, *outputs: str, path: PathChoice = "auto") -> Rule:
+    return Rule(name, parse_stream(stream), tuple(map(parse_output, outputs)), path)
+
+
+def desire(
+    *rules: Rule, interfaces: Mapping[str, InterfaceFacts] = INTERFACES, ids: Ids | None = None
+) -> Desired:
+    ids = ids or Ids()
+    ids.assign(rules)
+    return realise(rules, ATTACHED, interfaces, ids)
+
+
+def key(stream: str, ifindex: int = 11) -> bytes:
+    return bytes(ffi.buffer(rule_key(parse_stream(stream), ifindex)))
+
+
+def mapped(address: str) -> bytes:
+    """16 bytes, as in relay_abi.h."""
+    parsed = ip_address(address)
+    return bytes(10) + b"\xff\xff" + parsed.packed if parsed.version == 4 else parsed.packed
+
+
+@pytest.mark.parametrize(
+    ("group", "mac"),
+    [
+        ("224.0.0.1", "01005e000001"),
+        ("239.2.2.2", "01005e020202"),
+        ("239.129.2.3", "01005e010203"),
+        ("239.255.255.255", "01005e7fffff"),
+        ("ff02::1", "333300000001"),
+        ("ff15::2:2", "333300020002"),
+        ("ff15::89ab:cdef:89ab:cdef", "333389abcdef"),
+    ],
+)
+def test_the_ethernet_address_of_a_group_comes_from_its_low_bits(group: str, mac: str) -> None:
+    assert group_mac(ip_address(group)).hex() == mac
+
+
+def test_each_output_option_that_takes_something_from_the_packet_is_a_flag() -> None:
+    flags = {
+        "239.2.2.2%out0:6000,dscp=0": 0,
+        "239.2.2.2%out0:*,dscp=0": lib.MCR_OUTPUT_KEEP_PORT,
+        "239.2.2.2%out0:6000": lib.MCR_OUTPUT_PRESERVE_DSCP,
+        "239.2.2.2%out0:6000,dscp=preserve": lib.MCR_OUTPUT_PRESERVE_DSCP,
+        "239.2.2.2%out0:6000,dscp=0,ttl=decrement": lib.MCR_OUTPUT_DECREMENT_TTL,
+        "239.2.2.2%out0:6000,dscp=0,source=preserve": lib.MCR_OUTPUT_PRESERVE_SOURCE,
+        "239.2.2.2%out0:6000,dscp=0,source=10.0.0.9": 0,
+        "239.2.2.2%out0:*,ttl=decrement,source=preserve": 15,
+    }
+    assert {text: output_flags(parse_output(text)) for text in flags} == flags
+
+
+def test_a_kernel_path_rule_has_its_outputs_in_the_map_and_none_at_the_worker() -> None:
+    outputs = ["239.2.2.2%out0:6000,ttl=8,dscp=46", "239.2.2.3%out1:*,ttl=decrement,source=10.0.0.9,vlan=100"]
+    desired = desire(make("cam", CAM, *outputs))
+    spec = desired.interfaces["in0"]
+    assert spec.outputs == {}
+    first = KernelOutputSpec(
+        output_id=1, ifindex=12, mtu=1500, flags=0, dport=6000, vlan=0, ttl=8, dscp=46,
+        mac_destination=bytes.fromhex("01005e020202"), mac_source=bytes.fromhex("020000000002"),
+        saddr=mapped("10.2.0.1"), daddr=mapped("239.2.2.2"),
+    )  # fmt: skip
+    second = KernelOutputSpec(
+        output_id=2, ifindex=13, mtu=1500,
+        flags=lib.MCR_OUTPUT_KEEP_PORT | lib.MCR_OUTPUT_DECREMENT_TTL | lib.MCR_OUTPUT_PRESERVE_DSCP,
+        dport=0, vlan=100, ttl=0, dscp=0,
+        mac_destination=bytes.fromhex("01005e020203"), mac_source=bytes.fromhex("020000000003"),
+        saddr=mapped("10.0.0.9"), daddr=mapped("239.2.2.3"),
+    )  # fmt: skip
+    assert spec.rules == {
+        1: RuleSpec(1, key(CAM), 1522, kernel=True, generic=False, kernel_outputs=(first, second))
+    }
+    state = desired.rules["cam"]
+    assert (state.path, state.reason, state.pending) == ("kernel", "nothing stands against it", "")
+    assert state.outputs == tuple(OutputState(parse_output(text), n) for n, text in enumerate(outputs, 1))
+    assert set(first.fields()) == {name for name, _ in ffi.typeof("struct mcr_kernel_output").fields}
+    ffi.new("struct mcr_kernel_output *", second.fields())
+
+
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        ("[ff15::2]%out0:6000", "fd02::1"),
+        ("[ff02::2]%out0:6000", "fe80::2"),
+        ("[ff15::2]%out0:6000,source=[fd99::9]", "fd99::9"),
+    ],
+)
+def test_an_ipv6_output_is_sent_from_an_address_of_its_scope(text: str, source: str) -> None:
+    (spec,) = desire(make("cam", "[ff15::1]%in0:5000", text)).interfaces["in0"].rules.values()
+    (output,) = spec.kernel_outputs
+    assert output.saddr == mapped(source)
+
+
+def test_a_preserved_source_needs_no_address() -> None:
+    interfaces = {**INTERFACES, "out0": replace(INTERFACES["out0"], ipv4=None)}
+    rule = make("cam", CAM, "239.2.2.2%out0:6000,source=preserve")
+    (spec,) = desire(rule, interfaces=interfaces).interfaces["in0"].rules.values()
+    assert (spec.kernel, spec.kernel_outputs[0].saddr) == (True, bytes(16))
+
+
+def test_a_worker_path_rule_has_its_outputs_at_the_worker_and_none_in_the_map() -> None:
+    outputs = ["239.2.2.2%out0:6000", "10.20.0.9:6001", "[ff15::2]%out1:6002"]
+    desired = desire(make("cam", CAM, *outputs))
+    parsed = [parse_output(text) for text in outputs]
+    spec = desired.interfaces["in0"]
+    assert spec.outputs == {
+        1: OutputSpec(1, parsed[0], 12, 1472),
+        2: OutputSpec(2, parsed[1], 0, 65487),
+        3: OutputSpec(3, parsed[2], 13, 1452),
+    }
+    assert spec.rules == {1: RuleSpec(1, key(CAM), 1522, (1, 2, 3))}
+    state = desired.rules["cam"]
+    assert (state.path, state.pending) == ("worker", "")
+    assert state.reason == "output 10.20.0.9:6001 is unicast where a group is needed"
+
+
+def test_the_kernel_path_takes_longer_frames_than_the_pool_holds() -> None:
+    jumbo = {name: replace(interface, mtu=9000) for name, interface in INTERFACES.items()}
+    kernel = make("a", CAM, "239.2.2.2%out0:6000")
+    worker = make("b", "239.1.1.2%in0:5000", "239.2.2.2%out0:6000", path="worker")
+    rules = desire(kernel, worker, interfaces=jumbo).interfaces["in0"].rules
+    assert (rules[1].frame_limit, rules[2].frame_limit) == (9022, 4096 - 256)
+    assert rules[1].kernel_outputs[0].mtu == 9000
+
+
+@pytest.mark.parametrize(
+    ("mtu", "longest", "size", "limit"),
+    [(1500, 1522, 2048, 1522), (1770, 1792, 2048, 1792), (1771, 1793, 4096, 1793), (9000, 9022, 4096, 3840)],
+)
+def test_a_frame_of_the_pool_holds_what_the_mtu_allows_up_to_a_page(
+    mtu: int, longest: int, size: int, limit: int
+) -> None:
+    interface = replace(IN0, mtu=mtu)
+    assert (longest_frame(interface), frame_size(interface), frame_limit(interface)) == (longest, size, limit)
+
+
+def test_a_rule_in_generic_mode_says_so() -> None:
+    interfaces = {**INTERFACES, "in0": replace(IN0, mode="generic")}
+    (spec,) = (
+        desire(make("cam", CAM, "239.2.2.2%out0:6000"), interfaces=interfaces)
+        .interfaces["in0"]
+        .rules.values()
+    )
+    assert (spec.kernel, spec.generic) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("stream", "pending"),
+    [
+        ("239.1.1.1%nosuch0:5000", "there is no interface nosuch0"),
+        ("239.1.1.1%out1:5000", "out1 is not attached (mcr attach out1)"),
+    ],
+)
+@pytest.mark.parametrize("path", ["auto", "kernel", "worker"])
+def test_a_rule_whose_input_is_absent_or_not_attached_is_pending(
+    stream: str, pending: str, path: PathChoice
+) -> None:
+    desired = desire(make("cam", stream, "239.2.2.2%out0:6000", path=path))
+    state = desired.rules["cam"]
+    assert (state.pending, [each.pending for each in state.outputs]) == (pending, [pending])
+    assert (desired.interfaces["in0"].rules, desired.interfaces["in0"].outputs) == ({}, {})
+    assert desired.memberships == frozenset()
+
+
+@pytest.mark.parametrize("path", ["auto", "kernel", "worker"])
+def test_an_output_whose_interface_is_absent_is_left_out_alone(path: PathChoice) -> None:
+    rule = make("cam", CAM, "239.2.2.2%out0:6000", "239.2.2.3%nosuch0:6000", path=path)
+    desired = desire(rule)
+    state = desired.rules["cam"]
+    assert (state.pending, [each.pending for each in state.outputs]) == (
+        "", ["", "there is no interface nosuch0"],
+    )  # fmt: skip
+    spec = desired.interfaces["in0"]
+    if path == "worker":
+        assert (set(spec.outputs), spec.rules[1].output_ids) == ({1}, (1,))
+    else:
+        assert [output.output_id for output in spec.rules[1].kernel_outputs] == [1]
+
+
+def test_a_rule_that_insists_on_the_kernel_path_waits_while_it_cannot_take_it() -> None:
+    rule = make("cam", CAM, "239.2.2.2%out0:6000", path="kernel")
+    interfaces = {**INTERFACES, "out0": replace(INTERFACES["out0"], xdp_features=0)}
+    desired = desire(rule, interfaces=interfaces)
+    state = desired.rules["cam"]
+    assert state.path == "kernel"
+    assert state.pending.startswith("rule 'cam' cannot take the kernel path: out0 cannot transmit")
+    assert [each.pending for each in state.outputs] == [state.pending]
+    assert desired.interfaces["in0"].rules == {}
+
+
+def test_groups_are_joined_once_with_their_source_and_unicast_is_not() -> None:
+    desired = desire(
+        make("a", CAM, "239.2.2.2%out0:6000"),
+        make("b", "239.1.1.1%in0:5001", "239.2.2.2%out0:6001"),
+        make("c", "10.0.0.7@232.1.1.1%in0:5000", "239.2.2.2%out0:6002"),
+        make("d", "10.1.0.1%in0:5000", "239.2.2.2%out0:6003"),
+    )
+    assert desired.memberships == {
+        Membership(11, IPv4Address("239.1.1.1"), None),
+        Membership(11, IPv4Address("232.1.1.1"), IPv4Address("10.0.0.7")),
+    }
+
+
+def test_what_is_unchanged_keeps_its_ids() -> None:
+    ids = Ids()
+    kept = make("kept", CAM, "239.2.2.2%out0:6000", "239.2.2.3%out1:6000")
+    gone = make("gone", "239.1.1.2%in0:5000", "239.2.2.2%out0:6001")
+    assert ids.assign([kept, gone]) == ([1, 2], [1, 2, 3])
+    assert ids.assign([kept, gone]) == ([], [])
+    changed = make("kept", CAM, "239.2.2.4%out0:6000", "239.2.2.3%out1:6000")
+    new = make("new", "239.1.1.3%in0:5000", "239.2.2.2%out0:6002")
+    assert ids.assign([changed, new]) == ([3], [4, 5])
+    desired = realise([changed, new], ATTACHED, INTERFACES, ids)
+    specs = desired.interfaces["in0"].rules
+    assert {rule_id: [each.output_id for each in specs[rule_id].kernel_outputs] for rule_id in specs} == {
+        1: [4, 2],
+        3: [5],
+    }
+
+
+def test_a_rule_that_changes_its_path_keeps_its_ids() -> None:
+    ids = Ids()
+    for path in ("kernel", "worker", "kernel"):
+        rule = make("cam", CAM, "239.2.2.2%out0:6000", "239.2.2.3%out1:6000", path=path)
+        state = desire(rule, ids=ids).rules["cam"]
+        assert (state.path, state.rule_id, [each.output_id for each in state.outputs]) == (path, 1, [1, 2])
+
+
+def test_the_id_that_was_freed_the_longest_ago_is_given_out_first() -> None:
+    pool = IdPool(4)
+    assert [pool.take(), pool.take()] == [1, 2]
+    pool.give(2)
+    pool.give(1)
+    assert [pool.take(), pool.take(), pool.take()] == [3, 2, 1]
