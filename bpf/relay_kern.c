@@ -321,18 +321,19 @@ static __always_inline int relay_to_many(struct xdp_md *ctx, struct mcr_rule_sta
 {
 	u32 rule_id = metadata->rule_id;
 	void *devices = fan_outs.lookup(&rule_id);
-	int action;
 
 	if (!devices)
 		return drop(stats, MCR_DROP_NO_OUTPUT);
+	if (bpf_xdp_get_buff_len(ctx) != ctx->data_end - ctx->data)
+		return drop(stats,
+			    MCR_DROP_OVERSIZE); /* the kernel cannot clone a frame of several buffers */
 	if (leave_metadata(ctx, metadata))
 		return drop(stats, MCR_DROP_NO_METADATA);
 	stats->relayed_packets++;
 	stats->relayed_bytes += metadata->payload_length;
 	if (frame_length > rule->smallest_mtu + MCR_ETHERNET_LENGTH + MCR_VLAN_LENGTH)
 		count_left_out(rule_id, frame_length);
-	action = redirect_to(devices, 0, BPF_F_BROADCAST);
-	return action;
+	return redirect_to(devices, 0, BPF_F_BROADCAST);
 }
 
 static __always_inline int relay_in_kernel(struct xdp_md *ctx, struct mcr_rule_stats *stats,
@@ -394,9 +395,23 @@ int mcr_egress(struct xdp_md *ctx)
 	return XDP_DROP;
 }
 
+/* Whether the device, of which a tracepoint tells the address, is in the supervisor's network namespace. */
+static __always_inline bool is_ours(u64 device)
+{
+	u64 net = 0;
+	u32 number = 0;
+
+	if (bpf_probe_read_kernel(&net, sizeof(net), (void *)(device + MCR_DEVICE_NET)))
+		return false;
+	if (bpf_probe_read_kernel(&number, sizeof(number), (void *)(net + MCR_NET_NUMBER)))
+		return false;
+	return number == MCR_NAMESPACE;
+}
+
 /*
  * The kernel's own word on what became of a bulk of redirected frames: raw tracepoint xdp_devmap_xmit, with
- * arguments from_dev, to_dev, sent, drops, err. MCR_IFINDEX_OFFSET comes from the running kernel's BTF.
+ * arguments from_dev, to_dev, sent, drops, err. It tells of every namespace. The offsets MCR_DEVICE_IFINDEX,
+ * MCR_DEVICE_NET and MCR_NET_NUMBER come from the running kernel's BTF, MCR_NAMESPACE from the supervisor.
  */
 int mcr_devmap_xmit(struct bpf_raw_tracepoint_args *ctx)
 {
@@ -404,9 +419,9 @@ int mcr_devmap_xmit(struct bpf_raw_tracepoint_args *ctx)
 	int drops = (int)ctx->args[3];
 	u32 ifindex = 0;
 
-	if (drops <= 0)
+	if (drops <= 0 || !is_ours(ctx->args[1]))
 		return 0;
-	if (bpf_probe_read_kernel(&ifindex, sizeof(ifindex), (void *)(ctx->args[1] + MCR_IFINDEX_OFFSET)))
+	if (bpf_probe_read_kernel(&ifindex, sizeof(ifindex), (void *)(ctx->args[1] + MCR_DEVICE_IFINDEX)))
 		return 0;
 	losses = redirect_losses.lookup(&ifindex);
 	if (losses)
@@ -416,18 +431,32 @@ int mcr_devmap_xmit(struct bpf_raw_tracepoint_args *ctx)
 
 /* --- the way in */
 
+static __always_inline void name_datagram(struct mcr_fragment_key *key, const struct mcr_packet *packet)
+{
+	key->ifindex = packet->key.ifindex;
+	key->vlan = packet->key.vlan;
+	key->vlan_outer = packet->key.vlan_outer;
+	key->identification = packet->identification;
+	__builtin_memcpy(key->saddr, packet->key.saddr, 16);
+	__builtin_memcpy(key->daddr, packet->key.daddr, 16);
+}
+
+/* Identifications come again: what an earlier datagram of a rule left must not claim those of another port. */
+static __always_inline void forget_fragments(const struct mcr_packet *packet)
+{
+	struct mcr_fragment_key key = {};
+
+	name_datagram(&key, packet);
+	fragments.delete(&key);
+}
+
 /* Only the first fragment of a datagram names its port: later ones find it by the datagram's own name. */
 static __always_inline int follow_fragments(struct mcr_packet *packet, bool later)
 {
 	struct mcr_fragment_key key = {};
 	u16 *dport;
 
-	key.ifindex = packet->key.ifindex;
-	key.vlan = packet->key.vlan;
-	key.vlan_outer = packet->key.vlan_outer;
-	key.identification = packet->identification;
-	__builtin_memcpy(key.saddr, packet->key.saddr, 16);
-	__builtin_memcpy(key.daddr, packet->key.daddr, 16);
+	name_datagram(&key, packet);
 	if (!later) {
 		fragments.update(&key, &packet->key.dport);
 		return 0;
@@ -474,8 +503,11 @@ int mcr_relay(struct xdp_md *ctx)
 	if (later_fragment && follow_fragments(&packet, true))
 		return XDP_PASS; /* its first fragment was not ours, or is yet to come */
 	rule = find_rule(&packet);
-	if (!rule)
+	if (!rule) {
+		if (packet.drop_reason == MCR_DROP_FRAGMENT && !later_fragment)
+			forget_fragments(&packet);
 		return XDP_PASS;
+	}
 	rule_id = rule->rule_id;
 	stats = rule_stats.lookup(&rule_id);
 	if (!stats)

@@ -292,6 +292,15 @@ def _why_pending(
     return ""
 
 
+def _why_output_waits(output: Output, chosen: Plan, facts: Mapping[str, InterfaceFacts]) -> str:
+    """A redirect into a device that is down is lost without a word; a socket says what became of a send."""
+    if output.interface and output.interface not in facts:
+        return f"there is no interface {output.interface}"
+    if chosen.path == "kernel" and not facts[output.interface].up:
+        return f"{output.interface} is down"
+    return ""
+
+
 def _rule_state(
     rule: Rule,
     attachments: Mapping[str, Attachment],
@@ -309,8 +318,8 @@ def _rule_state(
     present: list[tuple[Output, int]] = []
     for output in rule.outputs:
         output_id = ids.outputs[rule.name, str(output)]
-        if output.interface and output.interface not in facts:
-            states.append(OutputState(output, output_id, f"there is no interface {output.interface}"))
+        if waits := _why_output_waits(output, chosen, facts):
+            states.append(OutputState(output, output_id, waits))
         else:
             states.append(OutputState(output, output_id, pending))
             present.append((output, output_id))

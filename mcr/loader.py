@@ -90,7 +90,7 @@ def _compile(source_dir: Path) -> tuple[dict[str, int], dict[str, bytes]]:
         ) from error
     includes = ["/usr/include", f"/usr/include/{platform.machine()}-linux-gnu"]
     flags = [f"-I{source_dir}", *(word for path in includes for word in ("-idirafter", path))]
-    flags.append(f"-DMCR_IFINDEX_OFFSET={_ifindex_offset()}")
+    flags += [f"-D{name}={value}" for name, value in _kernel_facts().items()]
     try:
         module = BPF(src_file=str(source_dir / "relay_kern.c"), cflags=flags)
         descriptors = {name: int(module[name].map_fd) for name in MAP_NAMES}
@@ -99,12 +99,24 @@ def _compile(source_dir: Path) -> tuple[dict[str, int], dict[str, bytes]]:
         raise McrError("relay_kern.c does not compile", f"see it whole: {COMPILE_BY_HAND}") from error
 
 
-def _ifindex_offset() -> int:
-    """Where the running kernel keeps the index in a network device: a raw tracepoint is handed the device."""
-    offset = int(lib.mcr_member_offset(b"net_device", b"ifindex"))
+def _kernel_facts() -> dict[str, int]:
+    """Where the running kernel keeps what mcr_devmap_xmit looks at, and the number of this namespace.
+
+    A raw tracepoint is handed kernel structs; a network namespace is told by its inode (namespaces(7)).
+    """
+    return {
+        "MCR_DEVICE_IFINDEX": _offset("net_device", "ifindex"),
+        "MCR_DEVICE_NET": _offset("net_device", "nd_net"),
+        "MCR_NET_NUMBER": _offset("net", "ns") + _offset("ns_common", "inum"),
+        "MCR_NAMESPACE": Path("/proc/self/ns/net").stat().st_ino,
+    }
+
+
+def _offset(struct: str, member: str) -> int:
+    offset = int(lib.mcr_member_offset(struct.encode(), member.encode()))
     if offset < 0:
         raise McrError(
-            f"the kernel does not describe itself (BTF): {os.strerror(-offset)}",
+            f"the kernel does not describe its struct {struct} (BTF): {os.strerror(-offset)}",
             "use a kernel with CONFIG_DEBUG_INFO_BTF, as Debian's have",
         )
     return offset

@@ -6,6 +6,7 @@ touches a worker. This module must never decide what belongs in a map.
 
 import mmap
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -225,6 +226,10 @@ class Maps:
             ffi.new("struct mcr_redirect_losses *"),
             no_exist,
         )
+
+    def counted_redirects(self) -> list[int]:
+        """The interfaces, by index, of which count_redirects was asked."""
+        return [int.from_bytes(key, sys.byteorder) for key in self._keys("redirect_losses", "__u32")]
 
     def redirect_losses(self, ifindex: int) -> int:
         """Packets that the device did not take after the egress program had let them go."""

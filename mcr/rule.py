@@ -114,7 +114,7 @@ def plan(rule: Rule, facts: Mapping[str, InterfaceFacts]) -> Plan:
     An interface that facts does not hold is not judged: its rule is pending until it appears. Raises McrError
     if the path that the rule asks for, or the only one that is left, cannot carry it.
     """
-    against_kernel = list(_reasons_against_kernel(rule, facts))
+    against_kernel = list(dict.fromkeys(_reasons_against_kernel(rule, facts)))
     if rule.path == "kernel" and against_kernel:
         raise McrError(
             f"rule {rule.name!r} cannot take the kernel path: {'; '.join(against_kernel)}",
@@ -165,7 +165,7 @@ def _reasons_of_ingress(rule: Rule, ingress: InterfaceFacts) -> Iterator[str]:
     if ingress.ingress == "packet":
         yield f"{ingress.name} uses AF_PACKET, where no XDP program runs"
     if ingress.mode == "generic" and len(rule.outputs) > 1:
-        yield f"{ingress.name} is attached in generic mode, which lets clones share one header"
+        yield f"{ingress.name} is attached in generic mode, where clones cannot be told apart"
     if ingress.mtu > SINGLE_BUFFER_MTU and len(rule.outputs) > 1:
         yield f"frames of {ingress.name}'s MTU {ingress.mtu} take several buffers, which cannot be cloned"
 
@@ -189,6 +189,8 @@ def _reasons_for_worker(rule: Rule, facts: Mapping[str, InterfaceFacts]) -> Iter
     ingress = facts.get(rule.stream.interface)
     for output in rule.outputs:
         egress = facts.get(output.interface)
+        if egress and not egress.up:
+            yield f"{egress.name} is down, and only the worker path counts what that costs"
         if ingress and egress and egress.mtu < ingress.mtu:
             yield (
                 f"{egress.name}'s MTU {egress.mtu} is smaller than {ingress.name}'s {ingress.mtu}, "

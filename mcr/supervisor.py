@@ -94,16 +94,10 @@ class Supervisor:
         return facts
 
     def redirect_losses(self) -> dict[str, int]:
-        """What the devices of the kernel path did not take, by egress interface."""
-        facts = self._monitor.facts
-        egress = {
-            output.output.interface
-            for state in list(self.desired.rules.values())
-            if state.path == "kernel" and not state.pending
-            for output in state.outputs
-            if output.output.interface in facts
-        }
-        return {name: self.maps.redirect_losses(facts[name].ifindex) for name in sorted(egress)}
+        """What devices did not take of the kernel path's packets, by egress interface."""
+        names = {facts.ifindex: name for name, facts in self._monitor.facts.items()}
+        counted = sorted(ifindex for ifindex in self.maps.counted_redirects() if ifindex in names)
+        return {names[ifindex]: self.maps.redirect_losses(ifindex) for ifindex in counted}
 
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:

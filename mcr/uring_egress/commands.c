@@ -201,6 +201,8 @@ int commands_complete(struct worker *worker, int result)
 	int fds[COMMAND_FDS], status;
 	uint32_t fd_count;
 
+	if (result == -EINTR || result == -EAGAIN)
+		return commands_arm(worker);
 	if (result == 0)
 		return worker_fail(worker, EPIPE, "the supervisor is gone");
 	if (result < 0)

@@ -50,7 +50,12 @@ static int open_sockets(struct worker *worker, uint16_t bind_flags)
 	struct xsk_state *xsk = worker->xsk;
 	const struct mcr_setup *setup = &worker->setup;
 	struct xsk_umem_config umem_config = {
-		.fill_size = setup->frame_count,
+		/*
+		 * Twice the pool: the kernel hands over received frames before it tells that it took them from
+		 * the fill ring (xsk_flush), so that a quick worker can give a frame back while its old entry
+		 * still counts.
+		 */
+		.fill_size = 2 * setup->frame_count,
 		.comp_size = 64,
 		.frame_size = setup->frame_size,
 	};
@@ -234,6 +239,8 @@ static int xsk_complete(struct worker *worker, uint32_t index, int result, uint3
 {
 	(void)flags;
 	worker->xsk->queues[index].armed = false;
+	if (result == -EINTR || result == -EAGAIN)
+		return 0;
 	if (result < 0)
 		return worker_fail(worker, -result, "poll of AF_XDP: %s", strerror(-result));
 	if (result & (POLLERR | POLLHUP | POLLNVAL))

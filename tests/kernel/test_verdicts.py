@@ -403,6 +403,14 @@ def test_a_fragment_of_another_datagram_passes(ready: Relay, later: bytes) -> No
     assert (ready.counted(RULE).packets, ready.counted(RULE6).packets) == (1, 1)
 
 
+def test_an_identification_that_comes_again_for_another_port_is_not_claimed(ready: Relay) -> None:
+    foreign = udp(PAYLOAD, port=PORT + 1)
+    ready.run(FIRST4)
+    assert ready.run(ethernet(ipv4(foreign, fragment_field=0x2000), IPV4)).verdict is Verdict.PASS
+    assert ready.run(LATER4).verdict is Verdict.PASS
+    assert ready.counted(RULE).packets == 1
+
+
 def test_only_fragments_of_rules_are_remembered(ready: Relay) -> None:
     ready.run(datagram4(PAYLOAD, fragment_field=0x2000, destination=IPv4Address("239.1.1.2")))
     ready.run(datagram4(PAYLOAD))

@@ -67,7 +67,8 @@ def status(lab: Lab, relay: Namespace) -> Report:
 
 
 def assert_accounted(lab: Lab, relay: Namespace, count: int) -> None:
-    """received = relayed + dropped, relayed = sent + dropped, and nothing was dropped."""
+    """received = relayed + dropped, relayed = sent + dropped, nothing was dropped, and no worker died."""
+    assert status(lab, relay)["worker_restarts"] == 0
     rule, *outputs = stats(lab, relay)
     assert (rule["received_packets"], rule["relayed_packets"], dropped(rule)) == (count, count, {})
     for output in outputs:

@@ -250,7 +250,7 @@ def test_wrong_file_changes_nothing_on_reload(lab: Lab) -> None:
     path.write_text(config(good, bad))
     done = lab.mcr(topology.relay, "reload", check=False)
     assert done.returncode == 1
-    assert f"{path}:11: " in done.stderr
+    assert f"{path}:12: " in done.stderr
     assert done.stderr.count("\n") == 2
     assert [row["rule"] for row in stats(lab, topology.relay) if row["object"] == "rule"] == ["cam"]
     sent, heard = relay_one(lab, topology, GROUP_SENT, GROUP_HEARD, 1000, "--rate", "10000")

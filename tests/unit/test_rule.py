@@ -436,7 +436,7 @@ AGAINST_KERNEL = [
     (
         [GROUP, "239.2.2.2%eth2:6"],
         network(eth0=GENERIC),
-        "eth0 is attached in generic mode, which lets clones share one header",
+        "eth0 is attached in generic mode, where clones cannot be told apart",
     ),
     (
         [GROUP, "239.2.2.2%eth2:6"],
@@ -534,7 +534,7 @@ def test_a_rule_that_insists_on_the_kernel_path_is_told_everything_against_it() 
         "output [ff15::2]%eth2:6 is IPv6 but the input is IPv4",
         "eth0 is not Ethernet",
         "eth1 is not Ethernet",
-        "eth0 is attached in generic mode, which lets clones share one header",
+        "eth0 is attached in generic mode, where clones cannot be told apart",
         "frames of eth0's MTU 9000 take several buffers, which cannot be cloned",
     ]
     with pytest.raises(McrError) as caught:
