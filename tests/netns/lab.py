@@ -353,8 +353,10 @@ def _pins(prefix: str) -> list[Path]:
 
 
 def _remove_pins(namespace: Namespace) -> None:
-    if (PINS / namespace.name).exists():
-        shutil.rmtree(PINS / namespace.name)
+    """Those of its instance, and those that a supervisor had staged when it was killed."""
+    for directory in (PINS / namespace.name, PINS / f"{namespace.name}~new"):
+        if directory.exists():
+            shutil.rmtree(directory)
 
 
 def _delete_namespace(namespace: Namespace) -> None:
