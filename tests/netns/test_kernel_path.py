@@ -174,7 +174,7 @@ def test_a_million_datagrams_arrive_whole_and_in_order(lab: Lab, count: int, rat
     assert_nothing_lost_on_the_way(lab, network.relay)
 
 
-@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("version", [4, pytest.param(6, marks=pytest.mark.soak)])
 @pytest.mark.parametrize(("mode", "count"), [("native", 1), ("native", 2), ("generic", 1)])
 def test_every_payload_size_arrives_whole(lab: Lab, mode: str, count: int, version: int) -> None:
     """The source is on this machine, so that its checksums are partial."""
@@ -200,7 +200,7 @@ def test_several_outputs_in_generic_mode_take_the_worker_path(lab: Lab) -> None:
     relay_to_all(lab, network, 20_000, "--rate", "10000")
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_options_of_the_outputs_are_followed(lab: Lab, count: int) -> None:
     network = fan_out(lab, count)
     to = [
@@ -231,7 +231,7 @@ def stream_frames(count: int, tags: Sequence[tuple[int, int]] = (), size: int = 
         yield ethernet(ipv4(udp(payload(sequence, 1, size))), IPV4, tags)
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.soak), 2])
 @pytest.mark.parametrize(
     ("vlan", "tags"),
     [("100", [(CUSTOMER_TAG, 100)]), ("10.100", [(0x88A8, 10), (CUSTOMER_TAG, 100)])],
@@ -312,7 +312,7 @@ def test_a_fragmented_stream_is_put_together_by_the_receiver(lab: Lab, count: in
 # What is not sent, and why
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_an_expired_ttl_is_a_drop_of_that_output_alone(lab: Lab, count: int) -> None:
     network = fan_out(lab, count)
     to = ["239.2.0.1%out0:6000,ttl=decrement", *outputs(2)[1:]][:count]
@@ -366,7 +366,7 @@ def redirect_lost(lab: Lab, relay: Namespace) -> dict[str, int]:
     return {row["interface"]: row["redirect_lost"] for row in rows if row["object"] == "egress"}
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_what_the_device_does_not_take_is_counted_for_this_instance_alone(lab: Lab, count: int) -> None:
     """A veth device does not take what exceeds its peer's MTU, which the relay cannot know."""
     network, other = fan_out(lab, count), fan_out(lab, count, mark="x")
@@ -411,7 +411,7 @@ def assert_complete(heard: Report, sent: Report) -> None:
     assert {name: heard[name] for name in counts} == dict.fromkeys(counts, 0), heard
 
 
-@pytest.mark.parametrize("kept", [1, 2])
+@pytest.mark.parametrize("kept", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_fifty_output_changes_lose_and_double_nothing_at_the_unchanged_outputs(lab: Lab, kept: int) -> None:
     network = fan_out(lab, 3)
     changing = [outputs(3)[:kept], outputs(3)[: kept + 1], outputs(3, ",source=10.9.9.9")[kept : kept + 1]]
@@ -513,7 +513,7 @@ def test_a_rule_that_insists_on_the_kernel_path_waits_for_the_peers_gro(lab: Lab
     relay_some(lab, network, 1000)
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_a_changed_mac_address_is_followed(lab: Lab, count: int) -> None:
     network = fan_out(lab, count)
     lab.supervisor(network.relay, config=config(("cam", GROUP_IN, outputs(count))))
@@ -549,7 +549,7 @@ def test_a_changed_address_is_followed(lab: Lab) -> None:
         wait_until(lambda: source_address() == bytes([10, 2, 0, 77]), "the new address")
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, pytest.param(3, marks=pytest.mark.soak)])
 def test_an_egress_interface_that_vanishes_and_returns_is_followed(lab: Lab, count: int) -> None:
     network = fan_out(lab, count)
     lab.supervisor(network.relay, config=config(("cam", GROUP_IN, outputs(count))))
@@ -609,7 +609,7 @@ def test_other_traffic_is_untouched(lab: Lab) -> None:
     assert_accounted(lab, network.relay, 10_000)
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_the_death_of_the_worker_disturbs_no_packet(lab: Lab, count: int) -> None:
     network = fan_out(lab, count)
     lab.supervisor(network.relay, config=config(("cam", GROUP_IN, outputs(count))))
