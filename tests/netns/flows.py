@@ -67,7 +67,7 @@ def status(lab: Lab, relay: Namespace) -> Report:
 
 
 def assert_accounted(lab: Lab, relay: Namespace, count: int, worker_restarts: int = 0) -> None:
-    """received = relayed + dropped, relayed = sent + dropped, nothing was dropped, and no other worker died."""
+    """received = relayed + dropped, relayed = sent + dropped, nothing was dropped, no other worker died."""
     assert status(lab, relay)["worker_restarts"] == worker_restarts
     rule, *outputs = stats(lab, relay)
     assert (rule["received_packets"], rule["relayed_packets"], dropped(rule)) == (count, count, {})
