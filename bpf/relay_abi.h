@@ -14,18 +14,23 @@
 /* Bumped whenever a struct, a limit or the meaning of a field changes: pinned state of another
  * version is refused, never guessed at. */
 enum mcr_version {
-	MCR_ABI_VERSION = 2,
+	MCR_ABI_VERSION = 3,
 };
 
 enum mcr_limit {
 	MCR_MAX_RULES = 4096,	/* rule_id 1 .. MCR_MAX_RULES - 1; 0 means none */
 	MCR_MAX_OUTPUTS = 8192, /* output_id 1 .. MCR_MAX_OUTPUTS - 1; 0 means none */
 	MCR_MAX_OUTPUTS_PER_RULE = 64,
-	MCR_MAX_WORKERS = 64,	    /* worker slots of one instance */
+	MCR_MAX_INTERFACES = 64,    /* attached interfaces of one instance */
+	MCR_MAX_WORKERS = 64,	    /* worker slots of one instance, whatever their interfaces */
+	MCR_MAX_EGRESS_THREADS = 8, /* of one worker */
 	MCR_MAX_QUEUES = 64,	    /* receive queues that one worker can drain */
-	MCR_MAX_XSKS = 4096,	    /* AF_XDP sockets of one instance: every queue of every worker */
+	MCR_MAX_XSKS = 4096,	    /* AF_XDP sockets of one instance: every queue of every interface */
 	MCR_MAX_FRAGMENTED = 16384, /* datagrams whose later fragments are awaited */
 	MCR_MAX_EGRESS = 1024,	    /* interfaces whose redirect losses are counted */
+	MCR_LATENCY_FIRST_BITS = 9, /* latency below 2^9 ns is not told apart */
+	MCR_LATENCY_STEP_BITS = 3,  /* 2^3 buckets for each octave */
+	MCR_LATENCY_BUCKETS = 185,  /* 1 + 23 octaves: up to 4.3 s */
 	MCR_MAX_VLAN_TAGS = 2,
 	MCR_MAX_IPV6_EXTENSIONS = 6,
 };
@@ -41,7 +46,12 @@ enum mcr_drop_reason {
 	MCR_DROP_UNKNOWN_RULE = 6, /* the worker no longer knows the rule */
 	MCR_DROP_NO_OUTPUT = 7,	   /* every output is absent or not in place yet */
 	MCR_DROP_BAD_CHECKSUM = 8, /* kernel path: the UDP checksum cannot be completed */
-	MCR_DROP_REASONS = 9,
+	/* The four below happen between the XDP program and the worker's batch, or in a worker's hands. */
+	MCR_DROP_RECEIVE_RING_FULL = 9, /* AF_XDP: the worker was behind */
+	MCR_DROP_FILL_RING_EMPTY = 10,	/* AF_XDP: no frame was free */
+	MCR_DROP_REDIRECT_FAILED = 11,	/* the kernel refused the redirect for another reason */
+	MCR_DROP_WORKER_DIED = 12,	/* it was in the hands of a worker that was killed or failed */
+	MCR_DROP_REASONS = 13,
 };
 
 /* Why a relayed packet was not sent by one output. */
@@ -53,7 +63,9 @@ enum mcr_output_drop_reason {
 	MCR_OUTPUT_DROP_TOO_LARGE = 4,	 /* the datagram does not fit, even in fragments (EMSGSIZE) */
 	MCR_OUTPUT_DROP_DENIED = 5,	 /* the firewall or a policy refused it (EPERM, EACCES) */
 	MCR_OUTPUT_DROP_SEND_ERROR = 6,	 /* any other error of the send */
-	MCR_OUTPUT_DROP_REASONS = 7,
+	MCR_OUTPUT_DROP_PIPE_FULL = 7,	 /* the pipe to the output's egress thread was full */
+	MCR_OUTPUT_DROP_WORKER_DIED = 8, /* the send had not completed when the worker died */
+	MCR_OUTPUT_DROP_REASONS = 9,
 };
 
 /* The settings word lets the usual packet skip the rule lookups that no rule needs. */
@@ -165,11 +177,13 @@ struct mcr_rule_stats {
 	__u64 last_seen_ns;    /* CLOCK_MONOTONIC */
 	__u64 relayed_packets; /* by the kernel path */
 	__u64 relayed_bytes;
+	__u64 redirected_packets; /* to a worker, or rather to the AF_XDP socket, which may refuse them */
 	__u64 dropped[MCR_DROP_REASONS];
 };
 
 /* Kept by the kernel path, one copy for each CPU; the index is the output_id. */
 struct mcr_output_stats {
+	__u64 relayed_packets; /* of a rule with this output alone; else fan_out_stats has them */
 	__u64 sent_packets;
 	__u64 sent_bytes;
 	__u64 dropped[MCR_OUTPUT_DROP_REASONS];
@@ -188,10 +202,23 @@ struct mcr_rule_counters {
 
 /* Kept by a worker; the index is the output_id. */
 struct mcr_output_counters {
+	__u64 relayed_packets; /* handed to this output: sent or dropped, or still under way */
 	__u64 sent_packets;
 	__u64 sent_bytes;
 	__u64 dropped[MCR_OUTPUT_DROP_REASONS];
 	__u64 last_error; /* errno of the last failed send, 0 if none failed */
+};
+
+/*
+ * The time from the XDP hook, or from the AF_PACKET receive, to the completed send, for each packet and
+ * output; the index is the rule_id. Bucket 0 is below 512 ns; then every octave has 8 buckets of equal width,
+ * so that none is wider than an eighth of what it stands for; the last one has no upper bound.
+ */
+struct mcr_latency {
+	__u64 count;
+	__u64 sum_ns;
+	__u64 max_ns;
+	__u64 buckets[MCR_LATENCY_BUCKETS];
 };
 
 /* Kept by a worker; the index is its slot. The four frame states always add up to the pool. */
@@ -206,6 +233,7 @@ struct mcr_worker_counters {
 	__u64 receive_ring_full; /* AF_XDP: packets lost because the worker was behind */
 	__u64 fill_ring_empty;	 /* AF_XDP: packets lost because no frame was free */
 	__u64 socket_dropped;	 /* AF_PACKET: packets lost before the worker saw them */
+	__u64 pipe_bytes;	 /* of each pipe to an egress thread, as the kernel granted it; 0 without */
 };
 
 enum mcr_ingress {
@@ -222,7 +250,7 @@ enum mcr_zero_copy {
 /* From the supervisor to a worker, one message each. Every command is acknowledged. */
 enum mcr_command_type {
 	MCR_SETUP =
-		1, /* first and once; descriptors: rule, output and worker counters [, AF_PACKET socket] */
+		1, /* first and once; descriptors: rule, output, worker counters, latency [, AF_PACKET socket] */
 	MCR_ADD_OUTPUT = 2, /* adds or replaces; descriptor: the UDP socket */
 	MCR_DEL_OUTPUT = 3,
 	MCR_SET_RULE = 4, /* adds or replaces; its outputs must be known */
@@ -244,6 +272,8 @@ struct mcr_setup {
 	__u32 worker_slot;
 	__u32 user_id; /* to become after set-up; 0 stays who it is */
 	__u32 group_id;
+	__u32 egress_threads;			/* 0: the ingress thread sends */
+	__s32 cpus[1 + MCR_MAX_EGRESS_THREADS]; /* of the ingress thread, then the egress threads; -1: any */
 	char interface[16];
 };
 
@@ -295,7 +325,9 @@ struct mcr_reply {
 	char message[112]; /* cause of a failure, NUL-terminated */
 };
 
-_Static_assert(MCR_MAX_XSKS == MCR_MAX_WORKERS * MCR_MAX_QUEUES, "every queue has its slot");
+_Static_assert(MCR_MAX_XSKS == MCR_MAX_INTERFACES * MCR_MAX_QUEUES, "every queue has its slot");
+_Static_assert(MCR_LATENCY_BUCKETS == 1 + (32 - MCR_LATENCY_FIRST_BITS) * (1 << MCR_LATENCY_STEP_BITS),
+	       "every octave has its buckets");
 _Static_assert(sizeof(struct mcr_settings) == 8, "struct mcr_settings");
 _Static_assert(sizeof(struct mcr_rule_key) == 44, "struct mcr_rule_key");
 _Static_assert(sizeof(struct mcr_rule_value) == 32, "struct mcr_rule_value");
@@ -303,10 +335,10 @@ _Static_assert(sizeof(struct mcr_kernel_output) == 60, "struct mcr_kernel_output
 _Static_assert(sizeof(struct mcr_fragment_key) == 44, "struct mcr_fragment_key");
 _Static_assert(sizeof(struct mcr_metadata) == 24,
 	       "struct mcr_metadata: at most 32 on kernel 6.1, a multiple of 4");
-_Static_assert(sizeof(struct mcr_rule_stats) == 112, "struct mcr_rule_stats");
-_Static_assert(sizeof(struct mcr_rule_counters) == 112, "struct mcr_rule_counters");
-_Static_assert(sizeof(struct mcr_output_counters) == 80, "struct mcr_output_counters");
-_Static_assert(sizeof(struct mcr_worker_counters) == 80, "struct mcr_worker_counters");
+_Static_assert(sizeof(struct mcr_rule_stats) == 152, "struct mcr_rule_stats");
+_Static_assert(sizeof(struct mcr_rule_counters) == 144, "struct mcr_rule_counters");
+_Static_assert(sizeof(struct mcr_output_counters) == 104, "struct mcr_output_counters");
+_Static_assert(sizeof(struct mcr_worker_counters) == 88, "struct mcr_worker_counters");
 _Static_assert(sizeof(struct mcr_command) == 320, "struct mcr_command");
 _Static_assert(sizeof(struct mcr_reply) == 128, "struct mcr_reply");
 

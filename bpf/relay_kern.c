@@ -26,6 +26,8 @@ BPF_TABLE("percpu_array", u32, struct mcr_rule_stats, rule_stats, MCR_MAX_RULES)
 BPF_F_TABLE("array", u32, struct mcr_rule_counters, rule_counters, MCR_MAX_RULES, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct mcr_output_counters, output_counters, MCR_MAX_OUTPUTS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct mcr_worker_counters, worker_counters, MCR_MAX_WORKERS, BPF_F_MMAPABLE);
+/* Worker path: latency of each rule; the index is the rule_id. */
+BPF_F_TABLE("array", u32, struct mcr_latency, rule_latency, MCR_MAX_RULES, BPF_F_MMAPABLE);
 /* Kernel path: what each output makes of a packet. */
 BPF_TABLE("array", u32, struct mcr_kernel_output, kernel_outputs, MCR_MAX_OUTPUTS);
 /* Kernel path: the outputs of a rule, its output by egress interface, and its devices, each map by itself. */

@@ -233,11 +233,13 @@ class AttachedInterface:
             # Zero-copy sockets bypass the stack, where a program in generic mode runs.
             zero_copy="off" if self.mode == "generic" else self.attachment.zero_copy,
             busy_poll=self.attachment.busy_poll,
+            queue_first=0,
             queue_count=queues,
             frame_size=frame_size(facts),
             frame_count=FRAME_COUNT,
             user_id=NOBODY if root else 0,
             group_id=NOBODY if root else 0,
+            egress_threads=self.attachment.egress_threads,
         )
 
     async def _start_worker(self, setup: WorkerSetup) -> None:

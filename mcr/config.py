@@ -18,6 +18,8 @@ from typing import Literal, TypeAlias, TypeVar, get_args
 
 from mcr.errors import McrError
 from mcr.rule import (
+    MCR_MAX_EGRESS_THREADS,
+    MCR_MAX_INTERFACES,
     MCR_MAX_WORKERS,
     Origin,
     PathChoice,
@@ -35,10 +37,11 @@ ZeroCopy: TypeAlias = Literal["auto", "on", "off"]
 KeyPath: TypeAlias = tuple[str | int, ...]
 
 MAX_FILE_BYTES = 4 * 1024 * 1024
+MAX_CPU = 8191  # NR_CPUS at most, linux/threads.h
 
 _KEYS = ("metrics", "attach", "rule")
 _METRICS_KEYS = ("listen",)
-_ATTACH_KEYS = ("interface", "mode", "ingress", "zero_copy", "busy_poll")
+_ATTACH_KEYS = ("interface", "mode", "ingress", "zero_copy", "busy_poll", "workers", "egress_threads", "cpus")
 _RULE_KEYS = ("name", "from", "to", "path")
 
 _Word = TypeVar("_Word", bound=str)
@@ -46,13 +49,20 @@ _Word = TypeVar("_Word", bound=str)
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """An interface to attach and how. Where it was asked for does not count in `==`."""
+    """An interface to attach and how. Where it was asked for does not count in `==`.
+
+    cpus: of every thread of every worker in turn, used again from the start where there are fewer; empty
+    where the kernel may choose.
+    """
 
     interface: str
     mode: Mode = "auto"
     ingress: Ingress = "auto"
     zero_copy: ZeroCopy = "auto"
     busy_poll: bool = False
+    workers: int = 1
+    egress_threads: int = 0
+    cpus: tuple[int, ...] = ()
     origin: Origin | None = field(default=None, compare=False)
 
 
@@ -130,6 +140,9 @@ def parse_attachment(table: Mapping[str, object], place: Place = NOWHERE) -> Att
         ingress=_word(table, "ingress", get_args(Ingress), "auto", place),
         zero_copy=_word(table, "zero_copy", get_args(ZeroCopy), "auto", place),
         busy_poll=_flag(table, "busy_poll", place),
+        workers=_number(table, "workers", 1, MCR_MAX_WORKERS, 1, place),
+        egress_threads=_number(table, "egress_threads", 0, MCR_MAX_EGRESS_THREADS, 0, place),
+        cpus=_cpus(table, place),
         origin=place.origin,
     )
     _check_attachment(attachment, place)
@@ -218,9 +231,9 @@ def _check_attachments(attachments: Sequence[Attachment]) -> None:
                 where,
             )
         seen[attachment.interface] = attachment
-        if len(seen) > MCR_MAX_WORKERS:
+        if len(seen) > MCR_MAX_INTERFACES:
             raise McrError(
-                f"there are more than {MCR_MAX_WORKERS} attachments",
+                f"there are more than {MCR_MAX_INTERFACES} attachments",
                 "share them out among several instances",
                 where,
             )
@@ -302,6 +315,33 @@ def _flag(table: Mapping[str, object], key: str, place: Place) -> bool:
             f"{key} is {_kind(value)}, not true or false", "write true or false", place.under(key).where
         )
     return value
+
+
+def _number(table: Mapping[str, object], key: str, least: int, most: int, default: int, place: Place) -> int:
+    value = table.get(key, default)
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
+        return value
+    shown = str(value)[:32] if isinstance(value, int) and not isinstance(value, bool) else _kind(value)
+    raise McrError(f"{key} is {shown}", f"write a number from {least} to {most}", place.under(key).where)
+
+
+def _cpus(table: Mapping[str, object], place: Place) -> tuple[int, ...]:
+    """`0,2-3` as (0, 2, 3), in that order (cpuset(7), list format)."""
+    if "cpus" not in table:
+        return ()
+    text = _text(table, "cpus", place)
+    cpus: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last or last > MAX_CPU:
+            raise McrError(
+                f"cpus is {_shown(text)}",
+                'write CPU numbers such as "2,3" or "2-5"',
+                place.under("cpus").where,
+            )
+        cpus += range(first, last + 1)
+    return tuple(cpus)
 
 
 def _kind(value: object) -> str:

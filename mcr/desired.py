@@ -31,7 +31,10 @@ SMALL_FRAME, LARGE_FRAME = 2048, 4096
 
 @dataclass(frozen=True, slots=True)
 class WorkerSetup:
-    """What a worker is told once. A worker whose set-up changes is replaced."""
+    """What a worker is told once. A worker whose set-up changes is replaced.
+
+    cpus: of the ingress thread, then of each egress thread; empty where the kernel may choose.
+    """
 
     interface: str
     ifindex: int
@@ -39,11 +42,14 @@ class WorkerSetup:
     ingress: Literal["xsk", "packet"]
     zero_copy: Literal["auto", "on", "off"]
     busy_poll: bool
+    queue_first: int
     queue_count: int
     frame_size: int
     frame_count: int
     user_id: int
     group_id: int
+    egress_threads: int = 0
+    cpus: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

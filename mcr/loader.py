@@ -33,6 +33,7 @@ MAP_NAMES = (
     "rule_counters",
     "output_counters",
     "worker_counters",
+    "rule_latency",
     "kernel_outputs",
     "rule_outputs",
     "egress_outputs",

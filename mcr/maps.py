@@ -20,6 +20,7 @@ from mcr.stream import Address, Stream
 MAX_RULES: int = lib.MCR_MAX_RULES
 MAX_OUTPUTS: int = lib.MCR_MAX_OUTPUTS
 MAX_OUTPUTS_PER_RULE: int = lib.MCR_MAX_OUTPUTS_PER_RULE
+MAX_INTERFACES: int = lib.MCR_MAX_INTERFACES
 MAX_WORKERS: int = lib.MCR_MAX_WORKERS
 MAX_QUEUES: int = lib.MCR_MAX_QUEUES
 
@@ -53,6 +54,7 @@ class RuleCounts:
 class OutputCounts:
     """An output's packets: relayed = sent + dropped (by reason) whenever traffic is stopped."""
 
+    relayed_packets: int
     sent_packets: int
     sent_bytes: int
     dropped: dict[str, int]
@@ -73,6 +75,7 @@ class WorkerCounts:
     receive_ring_full: int
     fill_ring_empty: int
     socket_dropped: int
+    pipe_bytes: int
 
 
 def address_bytes(address: Address) -> bytes:
@@ -158,9 +161,10 @@ class Maps:
         return self._fds[loader.PROGRAM_NAME]
 
     @property
-    def counter_fds(self) -> tuple[int, int, int]:
-        """What a worker maps: rule, output and worker counters."""
-        return self._fds["rule_counters"], self._fds["output_counters"], self._fds["worker_counters"]
+    def counter_fds(self) -> tuple[int, ...]:
+        """What a worker maps: rule, output and worker counters, and latency."""
+        names = ("rule_counters", "output_counters", "worker_counters", "rule_latency")
+        return tuple(self._fds[name] for name in names)
 
     def _update(self, name: str, key: Any, value: Any) -> None:
         _check(lib.bpf_map_update_elem(self._fds[name], key, value, 0), f"write the map {name}")
@@ -306,6 +310,7 @@ class Maps:
         _check(status, "read the map output_stats")
         worker = self._output_counters[output_id]
         return OutputCounts(
+            sum(cpu.relayed_packets for cpu in per_cpu) + worker.relayed_packets,
             sum(cpu.sent_packets for cpu in per_cpu) + worker.sent_packets,
             sum(cpu.sent_bytes for cpu in per_cpu) + worker.sent_bytes,
             {

@@ -18,7 +18,9 @@ from mcr.stream import Address, Output, Stream
 MCR_MAX_RULES = 4096
 MCR_MAX_OUTPUTS = 8192
 MCR_MAX_OUTPUTS_PER_RULE = 64
+MCR_MAX_INTERFACES = 64
 MCR_MAX_WORKERS = 64
+MCR_MAX_EGRESS_THREADS = 8
 
 # enum netdev_xdp_act of linux/netdev.h
 XDP_FEATURE_NDO_XMIT = 4

@@ -20,7 +20,7 @@ from mcr.attached import AttachedInterface
 from mcr.config import Attachment, Config, load_config
 from mcr.desired import Desired, IdPool, Ids, RuleState, realise
 from mcr.errors import McrError
-from mcr.maps import MAX_QUEUES, MAX_WORKERS, Maps, lookups_needed
+from mcr.maps import MAX_INTERFACES, MAX_QUEUES, Maps, lookups_needed
 from mcr.membership import MembershipWorker
 from mcr.netlink import LinkMonitor
 from mcr.rule import InterfaceFacts, Rule, check_rules, plan
@@ -79,7 +79,7 @@ class Supervisor:
         self.maps: Maps
         self._monitor = LinkMonitor(self._links_changed)
         self._ids = Ids()
-        self._slots = IdPool(MAX_WORKERS + 1)
+        self._slots = IdPool(MAX_INTERFACES + 1)
         self._turn = asyncio.Lock()
         self._stack = contextlib.AsyncExitStack()
         self._background: set[asyncio.Task[None]] = set()
@@ -251,8 +251,8 @@ class Supervisor:
                 str(state.file_rules[name].origin or ""),
             )
         check_rules(list(state.rules.values()))
-        if len(state.attachments) > MAX_WORKERS:
-            raise McrError(f"more than {MAX_WORKERS} interfaces", "share them out among several instances")
+        if len(state.attachments) > MAX_INTERFACES:
+            raise McrError(f"more than {MAX_INTERFACES} interfaces", "share them out among several instances")
         for rule in state.rules.values():
             plan(rule, self.facts)
 

@@ -91,15 +91,15 @@ class WorkerProcess:
         """Sends the first command. Returns the AF_XDP sockets, the caller's to close, and whether they are
         zero-copy.
 
-        fds: the three counter maps, and the AF_PACKET socket of a packet ingress. Raises McrError when the
-        worker cannot do it, WorkerGoneError when it died.
+        fds: the counter maps (`Maps.counter_fds`), and the AF_PACKET socket of a packet ingress. Raises
+        McrError when the worker cannot do it, WorkerGoneError when it died.
         """
         command = ffi.new("struct mcr_command *", {"type": lib.MCR_SETUP})
         body = command.setup
         body.abi_version = lib.MCR_ABI_VERSION
         body.ingress = lib.MCR_INGRESS_XSK if setup.ingress == "xsk" else lib.MCR_INGRESS_PACKET
         body.ifindex = setup.ifindex
-        body.queue_first, body.queue_count = 0, setup.queue_count
+        body.queue_first, body.queue_count = setup.queue_first, setup.queue_count
         body.frame_count, body.frame_size = setup.frame_count, setup.frame_size
         body.zero_copy = {
             "auto": lib.MCR_ZERO_COPY_AUTO,
@@ -109,6 +109,9 @@ class WorkerProcess:
         body.busy_poll = setup.busy_poll
         body.worker_slot = setup.slot
         body.user_id, body.group_id = setup.user_id, setup.group_id
+        body.egress_threads = setup.egress_threads
+        for thread in range(len(body.cpus)):
+            body.cpus[thread] = setup.cpus[thread] if thread < len(setup.cpus) else -1
         body.interface = os.fsencode(setup.interface)
         reply, sockets = await self._command(command, fds, SETUP_TIMEOUT_S)
         if reply.status:

@@ -34,9 +34,25 @@ def _report(interface: str, mode: str, ingress: str) -> None:
 @click.option("--ingress", type=click.Choice(["auto", "xsk", "packet"]), default="auto", show_default=True)
 @click.option("--zero-copy", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True)
 @click.option("--busy-poll", is_flag=True, help="Spin instead of sleeping: lowest latency, one core busy.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Processes that share the receive queues.",
+)
+@click.option(
+    "--egress-threads",
+    type=click.IntRange(0, 8),
+    default=0,
+    show_default=True,
+    help="Threads of each worker that send; 0: the one that receives.",
+)
+@click.option("--cpus", metavar="LIST", help="CPUs to pin the workers' threads to, in turn: 2,3 or 2-5.")
 @click.pass_obj
 def command(settings: Settings, /, **options: object) -> None:
     """Attach MCR to IFACE. Where no supervisor runs, this becomes one, in the foreground."""
+    options = {name: value for name, value in options.items() if value is not None}
     try:
         done = call(settings, "attach", **options)
     except McrError as error:

@@ -32,7 +32,7 @@ enum {
 	COMPLETION_SLOTS = 16384,
 	RULE_SLOTS = 8192, /* of the AF_PACKET ingress's own rule table: a power of two, half full at most */
 	CONTROL_BYTES = 128, /* of one send: UDP_SEGMENT, TOS, TTL and PKTINFO */
-	COMMAND_FDS = 4,
+	COMMAND_FDS = 5,
 	CACHE_LINE_BYTES = 64,
 	NONE = UINT32_MAX,
 };
@@ -174,6 +174,7 @@ struct worker {
 	struct mcr_rule_counters *rule_counters;
 	struct mcr_output_counters *output_counters;
 	struct mcr_worker_counters *counters;
+	struct mcr_latency *latency;
 
 	struct mcr_command command;
 	struct iovec command_vector;

@@ -141,6 +141,7 @@ static int send_run(struct worker *worker, uint32_t run_index, uint32_t output_i
 	const struct output *output = &worker->outputs[output_id];
 	const struct run *run = &worker->runs[run_index];
 
+	worker->output_counters[output_id].relayed_packets += run->count;
 	if (output->flags & MCR_OUTPUT_DECREMENT_TTL && run->first.ttl <= 1) {
 		worker->output_counters[output_id].dropped[MCR_OUTPUT_DROP_TTL_EXPIRED] += run->count;
 		return 0;

@@ -9,7 +9,7 @@
 
 #include "core.h"
 
-enum { COUNTER_FDS = 3, MAX_FRAMES = 32768 };
+enum { COUNTER_FDS = 4, MAX_FRAMES = 32768 };
 
 static int check_setup(struct worker *worker, uint32_t fd_count)
 {
@@ -31,6 +31,8 @@ static int check_setup(struct worker *worker, uint32_t fd_count)
 	    setup->frame_count & (setup->frame_count - 1))
 		return worker_fail(worker, EINVAL, "the frame count %u is not a power of two up to %u",
 				   setup->frame_count, MAX_FRAMES);
+	if (setup->egress_threads)
+		return worker_fail(worker, EINVAL, "egress threads are not built yet");
 	if (setup->worker_slot >= MCR_MAX_WORKERS)
 		return worker_fail(worker, EINVAL, "worker slot out of range");
 	if (strnlen(setup->interface, sizeof(setup->interface)) == sizeof(setup->interface))
@@ -100,6 +102,7 @@ static int open_counters(struct worker *worker, const int *fds)
 	worker->output_counters = map_counters(worker, fds[1],
 					       MCR_MAX_OUTPUTS * sizeof(*worker->output_counters), &status);
 	counters = map_counters(worker, fds[2], MCR_MAX_WORKERS * sizeof(*counters), &status);
+	worker->latency = map_counters(worker, fds[3], MCR_MAX_RULES * sizeof(*worker->latency), &status);
 	if (!status)
 		worker->counters = counters + worker->setup.worker_slot;
 	return status;

@@ -20,7 +20,7 @@ from mcr.config import (
     parse_rule,
 )
 from mcr.errors import McrError
-from mcr.rule import MCR_MAX_WORKERS, Origin, Rule
+from mcr.rule import MCR_MAX_INTERFACES, Origin, Rule
 from mcr.stream import parse_output, parse_stream
 
 EXAMPLE = """\
@@ -147,7 +147,14 @@ ATTACH = '[[attach]]\ninterface = "eth0"\n'
         ("\n\n[[rules]]\nname = 1", 3, "unknown key 'rules'", "did you mean rule?"),
         ("[metrics]\n\nlisen = 'off'", 3, "unknown key 'lisen'", "did you mean listen?"),
         ("\nmetrics.lisen = 'off'", 2, "unknown key 'lisen'", "did you mean listen?"),
-        (ATTACH + "egress_threads = 1", 3, "unknown key 'egress_threads'", "the keys of [[attach]] are"),
+        (ATTACH + "threads = 1", 3, "unknown key 'threads'", "did you mean egress_threads?"),
+        (ATTACH + "workers = 0", 3, "workers is 0", "write a number from 1 to 64"),
+        (ATTACH + "workers = true", 3, "workers is a boolean", "write a number from 1 to 64"),
+        (ATTACH + "egress_threads = 9", 3, "egress_threads is 9", "write a number from 0 to 8"),
+        (ATTACH + "egress_threads = '1'", 3, "egress_threads is a string", "write a number from 0 to 8"),
+        (ATTACH + "cpus = '3-1'", 3, "cpus is '3-1'", 'write CPU numbers such as "2,3" or "2-5"'),
+        (ATTACH + "cpus = '1,,2'", 3, "cpus is '1,,2'", 'write CPU numbers such as "2,3" or "2-5"'),
+        (ATTACH + "cpus = 2", 3, "cpus is an integer, not a string", "put it in quotes"),
         (ATTACH + "'zero-copy' = 'on'", 3, "unknown key 'zero-copy'", "did you mean zero_copy?"),
         (RULE + 'to = ["10.0.0.1:5"]\nfrm = 1', 5, "unknown key 'frm'", "did you mean from?"),
         (RULE + 'to = ["10.0.0.1:5"]\n[rule.extra]\nx = 1', 5, "unknown key 'extra'", "the keys of [[rule]]"),
@@ -346,7 +353,7 @@ def test_a_file_of_the_largest_size_is_read_and_a_larger_one_is_refused(tmp_path
 
 
 def test_more_attachments_than_workers_are_refused(tmp_path: Path) -> None:
-    text = "".join(f'[[attach]]\ninterface = "eth{n}"\n' for n in range(MCR_MAX_WORKERS + 1))
+    text = "".join(f'[[attach]]\ninterface = "eth{n}"\n' for n in range(MCR_MAX_INTERFACES + 1))
     path = write(tmp_path, text)
     assert str(refused(path)) == f"{path}:129: there are more than 64 attachments"
 
@@ -364,6 +371,8 @@ def test_a_request_is_held_to_what_a_file_is_held_to() -> None:
     assert rule.temporary
     assert rule.origin is None
     assert parse_attachment({"interface": "eth0", "busy_poll": True}) == Attachment("eth0", busy_poll=True)
+    shared: dict[str, object] = {"interface": "eth0", "workers": 2, "egress_threads": 1, "cpus": "4,0-2"}
+    assert parse_attachment(shared) == Attachment("eth0", workers=2, egress_threads=1, cpus=(4, 0, 1, 2))
     for parse, bad, cause in (
         (parse_rule, {**table, "to": None}, "to is nothing, not an array of strings"),
         (parse_rule, {**table, "x": 1}, "unknown key 'x'"),
