@@ -59,6 +59,11 @@ def stats(lab: Lab, relay: Namespace) -> list[Report]:
     return rows
 
 
+def rule_row(lab: Lab, relay: Namespace, name: str) -> Report:
+    """A rule's row of `mcr stats`."""
+    return next(row for row in stats(lab, relay) if row["object"] == "rule" and row["rule"] == name)
+
+
 def status(lab: Lab, relay: Namespace) -> Report:
     """The row of the one attached interface."""
     rows: list[Report] = json.loads(lab.mcr(relay, "status", "-j").stdout)

@@ -283,7 +283,7 @@ class Lab:
                 process.child.kill()
                 process.child.wait(SETTLE_S)
         deadline = time.monotonic() + SETTLE_S
-        while pids := _processes_in(namespace):  # what they left behind
+        while pids := processes_in(namespace):  # what they left behind
             if time.monotonic() > deadline:
                 raise LabError(f"processes {pids} in {namespace.name} survive SIGKILL")
             for pid in pids:
@@ -297,7 +297,7 @@ class Lab:
         Processes, pins, files in the runtime directory, XDP programs, and memberships that the kernel does
         not hold by itself.
         """
-        remaining = [f"process {pid}: {_command_line(pid)}" for pid in _processes_in(namespace)]
+        remaining = [f"process {pid}: {_command_line(pid)}" for pid in processes_in(namespace)]
         remaining += [f"pin {path}" for path in _pins(namespace.name)]
         remaining += [f"file {path}" for path in sorted(self.runtime_directory.glob(f"{namespace.name}*"))]
         for link in json.loads(self.ip(namespace, "-j link show")):
@@ -329,7 +329,7 @@ def _pids() -> list[int]:
     return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
-def _processes_in(namespace: Namespace) -> list[int]:
+def processes_in(namespace: Namespace) -> list[int]:
     """Ids of the processes in a namespace; a process that has ended is in none."""
     if not namespace.path.exists():
         return []

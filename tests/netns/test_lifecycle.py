@@ -13,13 +13,13 @@ from tests.netns.flows import (
     GROUP_IN,
     GROUP_OUT,
     GROUP_SENT,
-    Report,
     assert_whole,
     config,
     dropped,
     listen,
     relay_one,
     report,
+    rule_row,
     send,
     spawn_send,
     stats,
@@ -27,10 +27,6 @@ from tests.netns.flows import (
     wait_until,
 )
 from tests.netns.lab import Lab, Namespace, Process
-
-
-def rule_row(lab: Lab, relay: Namespace, name: str) -> Report:
-    return next(row for row in stats(lab, relay) if row["object"] == "rule" and row["rule"] == name)
 
 
 def test_rules_come_and_go_without_a_loss_to_another(lab: Lab) -> None:
