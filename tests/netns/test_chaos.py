@@ -1,7 +1,7 @@
 """Random deaths at random moments, under traffic: never a hang, never a leftover, always ready again in time.
 
-Each round starts a supervisor, waits a random while (it may still be starting), and sends SIGTERM or SIGKILL to
-one of its processes. The seed is in every failure, so that a round can be repeated.
+Each round starts a supervisor, waits a random while (it may still be starting), and sends SIGTERM or SIGKILL
+to one of its processes. The seed is in every failure, so that a round can be repeated.
 """
 
 import os
