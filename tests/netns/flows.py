@@ -55,8 +55,7 @@ def report(process: Process, timeout_s: float = 100) -> Report:
 
 
 def stats(lab: Lab, relay: Namespace) -> list[Report]:
-    rows: list[Report] = json.loads(lab.mcr(relay, "stats", "-j").stdout)
-    return rows
+    return lab.ask(relay, "stats")
 
 
 def rule_row(lab: Lab, relay: Namespace, name: str) -> Report:
@@ -66,8 +65,7 @@ def rule_row(lab: Lab, relay: Namespace, name: str) -> Report:
 
 def status(lab: Lab, relay: Namespace) -> Report:
     """The row of the one attached interface."""
-    rows: list[Report] = json.loads(lab.mcr(relay, "status", "-j").stdout)
-    (row,) = [row for row in rows if row["object"] == "interface"]
+    (row,) = [row for row in lab.ask(relay, "status") if row["object"] == "interface"]
     return row
 
 

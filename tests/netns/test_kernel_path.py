@@ -103,14 +103,14 @@ def listen_all(lab: Lab, network: Network, *options: str, version: int = 4) -> l
 
 
 def paths(lab: Lab, relay: Namespace) -> set[str]:
-    rows = json.loads(lab.mcr(relay, "rule", "show", "-j").stdout)
+    rows = lab.ask(relay, "rule.show")
     assert {row["state"] for row in rows} == {"active"}, rows
     return {row["path"] for row in rows}
 
 
 def assert_nothing_lost_on_the_way(lab: Lab, relay: Namespace) -> None:
     """No redirect failed, and no packet went through the worker."""
-    rows = json.loads(lab.mcr(relay, "status", "-j").stdout)
+    rows = lab.ask(relay, "status")
     assert {row["redirect_lost"] for row in rows if row["object"] == "egress"} == {0}, rows
     assert [row["packets"] for row in rows if row["object"] == "interface"] == [0]
 
@@ -362,7 +362,7 @@ def test_what_exceeds_the_egress_mtu_is_too_large_for_that_output_alone(
 
 
 def redirect_lost(lab: Lab, relay: Namespace) -> dict[str, int]:
-    rows = json.loads(lab.mcr(relay, "status", "-j").stdout)
+    rows = lab.ask(relay, "status")
     return {row["interface"]: row["redirect_lost"] for row in rows if row["object"] == "egress"}
 
 

@@ -1,6 +1,5 @@
 """Starts, changes under traffic, deaths and ends: what happens to the packets, and what is left."""
 
-import json
 import os
 import signal
 import sys
@@ -158,7 +157,7 @@ def test_attach_and_detach_in_a_running_supervisor(lab: Lab) -> None:
     topology = lab.topology_relay()
     lab.supervisor(topology.relay)
     lab.mcr(topology.relay, "rule", "add", "cam", "--from", GROUP_IN, "--to", GROUP_OUT)
-    rows = json.loads(lab.mcr(topology.relay, "rule", "show", "-j").stdout)
+    rows = lab.ask(topology.relay, "rule.show")
     assert (rows[0]["state"], rows[0]["reason"]) == ("pending", "in0 is not attached (mcr attach in0)")
     for mode in ("native", "generic"):
         done = lab.mcr(topology.relay, "attach", "in0", "--mode", mode)
@@ -220,7 +219,7 @@ def test_output_interface_that_vanishes_and_returns_is_followed(lab: Lab) -> Non
     lab.ip(topology.relay, "link delete out0")
 
     def output_state() -> str:
-        rows = json.loads(lab.mcr(topology.relay, "rule", "show", "-j").stdout)
+        rows = lab.ask(topology.relay, "rule.show")
         return str(rows[0]["output_state"])
 
     wait_until(lambda: output_state() == "pending", "pending")

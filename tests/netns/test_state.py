@@ -1,6 +1,5 @@
 """Rules from commands outlive the supervisor, however it ends; nothing else in their file does harm."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from tests.netns.lab import Lab, Namespace
 
 def shown(lab: Lab, relay: Namespace) -> dict[str, str]:
     """The origin of each rule."""
-    rows = json.loads(lab.mcr(relay, "rule", "show", "-j").stdout)
+    rows = lab.ask(relay, "rule.show")
     return {row["rule"]: row["origin"] for row in rows}
 
 
