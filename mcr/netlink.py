@@ -24,9 +24,12 @@ from pyroute2.netlink import rtnl
 from pyroute2.netlink.marshal import Marshal
 from pyroute2.netlink.rtnl import ifaddrmsg as ifa
 from pyroute2.netlink.rtnl.ifinfmsg import IFF_RUNNING, IFF_UP, ifinfmsg
+from pyroute2.netlink.rtnl.ndmsg import ndmsg
+from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from mcr.errors import McrError
 from mcr.rule import InterfaceFacts
+from mcr.stream import Address
 
 EVENT_GROUPS = rtnl.RTMGRP_LINK | rtnl.RTMGRP_IPV4_IFADDR | rtnl.RTMGRP_IPV6_IFADDR
 EVENT_BUFFER_BYTES = 1 << 20
@@ -43,6 +46,16 @@ NETDEV_CMD_DEV_GET = 1  # linux/netdev.h
 UNUSABLE = {socket.AF_INET: ifa.IFA_F_SECONDARY, socket.AF_INET6: ifa.IFA_F_TENTATIVE | ifa.IFA_F_DADFAILED}
 LAST_RESORT = {socket.AF_INET: 0, socket.AF_INET6: ifa.IFA_F_DEPRECATED | ifa.IFA_F_TEMPORARY}
 SCOPE_LINK, SCOPE_HOST = rtnl.rt_scope["link"], rtnl.rt_scope["host"]
+NEIGHBOUR_STATES = {  # linux/neighbour.h
+    "incomplete": 0x01,
+    "reachable": 0x02,
+    "stale": 0x04,
+    "delay": 0x08,
+    "probe": 0x10,
+    "failed": 0x20,
+    "noarp": 0x40,
+    "permanent": 0x80,
+}
 
 XdpMode = Literal["native", "generic", "offload"]
 
@@ -55,6 +68,30 @@ class XdpProgram:
 
     mode: XdpMode
     program_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where the kernel would send a packet now (RTM_GETROUTE, rtnetlink(7)).
+
+    error: the errno of a send that finds no way, else 0. gateway and source are empty where there is none;
+    mtu is the route's own in bytes, 0 where the interface's counts. local: the packet stays on this host.
+    """
+
+    ifindex: int = 0
+    gateway: str = ""
+    source: str = ""
+    mtu: int = 0
+    local: bool = False
+    error: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """What the kernel knows of a next hop: its state as `ip neigh` writes it, its MAC if it has one."""
+
+    state: str
+    mac: str
 
 
 class _DeviceMessage(netlink.genlmsg):  # type: ignore[misc]
@@ -70,7 +107,7 @@ class _DeviceMessage(netlink.genlmsg):  # type: ignore[misc]
     )
 
 
-def _ask(protocol: int, request: Any, message_type: int, flags: int = 0) -> Generator[Any, None, None]:
+def ask(protocol: int, request: Any, message_type: int, flags: int = 0) -> Generator[Any, None, None]:
     """The answers to a request (netlink(7)), of the request's class: all of a dump, one of any other.
 
     One at a time, because each takes much memory. Raises OSError: what the kernel answers, EINTR if something
@@ -97,16 +134,17 @@ def _ask(protocol: int, request: Any, message_type: int, flags: int = 0) -> Gene
                     return
 
 
-def _link(name: str) -> Any:
+def read_link(name: str) -> Any:
+    """The kernel's own description of an interface (RTM_NEWLINK). Raises McrError if there is none."""
     request = ifinfmsg()
     request["attrs"] = [("IFLA_IFNAME", os.fsencode(name))]
     try:
-        (link,) = _ask(netlink.NETLINK_ROUTE, request, rtnl.RTM_GETLINK)
+        (answer,) = ask(netlink.NETLINK_ROUTE, request, rtnl.RTM_GETLINK)
     except OSError as error:
         if error.errno in (errno.ENODEV, errno.EINVAL, errno.ERANGE):
             raise McrError(f"there is no interface {name}", "see which there are: ip link") from None
         raise
-    return link
+    return answer
 
 
 def _netdev_family() -> tuple[int, int] | None:
@@ -114,7 +152,7 @@ def _netdev_family() -> tuple[int, int] | None:
     request = netlink.ctrlmsg()
     request.update(cmd=netlink.CTRL_CMD_GETFAMILY, attrs=[("CTRL_ATTR_FAMILY_NAME", NETDEV_FAMILY)])
     try:
-        (family,) = _ask(netlink.NETLINK_GENERIC, request, netlink.GENL_ID_CTRL)
+        (family,) = ask(netlink.NETLINK_GENERIC, request, netlink.GENL_ID_CTRL)
     except FileNotFoundError:
         return None
     groups = {
@@ -130,7 +168,7 @@ def _xdp_features() -> dict[int, int]:
         return {}
     request = _DeviceMessage()
     request["cmd"] = NETDEV_CMD_DEV_GET
-    devices = _ask(netlink.NETLINK_GENERIC, request, family[0], netlink.NLM_F_DUMP)
+    devices = ask(netlink.NETLINK_GENERIC, request, family[0], netlink.NLM_F_DUMP)
     return {device.get("ifindex"): device.get("xdp_features") for device in devices}
 
 
@@ -141,7 +179,7 @@ def _addresses() -> dict[int, dict[str, Any]]:
     widest scope.
     """
     found: list[tuple[int, int, str, int, str]] = []
-    for address in _ask(netlink.NETLINK_ROUTE, ifa.ifaddrmsg(), rtnl.RTM_GETADDR, netlink.NLM_F_DUMP):
+    for address in ask(netlink.NETLINK_ROUTE, ifa.ifaddrmsg(), rtnl.RTM_GETADDR, netlink.NLM_F_DUMP):
         family, scope, flags = address["family"], address["scope"], address.get_attr("IFA_FLAGS")
         if family not in UNUSABLE or scope >= SCOPE_HOST or flags & UNUSABLE[family]:
             continue
@@ -178,7 +216,7 @@ def read_interfaces() -> dict[str, InterfaceFacts]:
     for _ in range(DUMP_ATTEMPTS):
         with contextlib.suppress(InterruptedError):
             addresses, xdp_features = _addresses(), _xdp_features()
-            links = _ask(netlink.NETLINK_ROUTE, ifinfmsg(), rtnl.RTM_GETLINK, netlink.NLM_F_DUMP)
+            links = ask(netlink.NETLINK_ROUTE, ifinfmsg(), rtnl.RTM_GETLINK, netlink.NLM_F_DUMP)
             found = (_facts(link, addresses, xdp_features) for link in links)
             return {facts.name: facts for facts in found}
     raise OSError(errno.EINTR, f"the links changed during each of {DUMP_ATTEMPTS} attempts to list them")
@@ -190,7 +228,7 @@ def receive_queues(name: str) -> int:
     From ethtool's channels (ETHTOOL_GCHANNELS, linux/ethtool.h); where the driver does not tell them, as many
     as the interface was made with (IFLA_NUM_RX_QUEUES). Raises McrError if there is no such interface.
     """
-    link = _link(name)
+    link = read_link(name)
     with contextlib.suppress(EthtoolError, OSError), contextlib.closing(IoctlEthtool(name)) as ethtool:
         channels = ethtool.get_channels()
         if queues := int(channels.rx_count + channels.combined_count):
@@ -203,12 +241,51 @@ def xdp_program(name: str) -> XdpProgram | None:
 
     Raises McrError if there is no such interface.
     """
-    link = _link(name)
+    link = read_link(name)
     attributes: tuple[tuple[str, XdpMode], ...] = (("DRV", "native"), ("SKB", "generic"), ("HW", "offload"))
     for attribute, mode in attributes:
         if program_id := link.get(("IFLA_XDP", f"IFLA_XDP_{attribute}_PROG_ID")):
             return XdpProgram(mode, program_id)
     return None
+
+
+def route_to(address: Address, ifindex: int) -> Route:
+    """The way to an address, by one interface if ifindex is not 0. Raises OSError if the kernel is silent."""
+    request = rtmsg()
+    request["family"] = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    request["dst_len"] = address.max_prefixlen
+    request["attrs"] = [("RTA_DST", str(address))] + ([("RTA_OIF", ifindex)] if ifindex else [])
+    try:
+        (found,) = ask(netlink.NETLINK_ROUTE, request, rtnl.RTM_GETROUTE)
+    except TimeoutError:
+        raise
+    except OSError as error:
+        return Route(error=error.errno or errno.ENETUNREACH)
+    return Route(
+        ifindex=found.get("oif") or 0,
+        gateway=found.get("gateway") or (found.get("via") or {}).get("addr") or "",
+        source=found.get("prefsrc") or "",
+        mtu=found.get(("metrics", "mtu")) or 0,
+        local=found["type"] == rtnl.rt_type["local"],
+    )
+
+
+def neighbour(ifindex: int, address: Address) -> Neighbour | None:
+    """A next hop as the kernel knows it now; None if it has not tried to reach it, or does not tell (5.0)."""
+    request = ndmsg()
+    request.update(
+        family=socket.AF_INET if address.version == 4 else socket.AF_INET6,
+        ifindex=ifindex,
+        attrs=[("NDA_DST", str(address))],
+    )
+    try:
+        (found,) = ask(netlink.NETLINK_ROUTE, request, rtnl.RTM_GETNEIGH)
+    except TimeoutError:
+        raise
+    except OSError:
+        return None
+    states = [name for name, bit in NEIGHBOUR_STATES.items() if found["state"] & bit]
+    return Neighbour(states[0] if states else "none", found.get("lladdr") or "")
 
 
 def _event_socket(protocol: int, groups: int) -> socket.socket:

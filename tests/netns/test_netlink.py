@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import errno
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import struct
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,17 @@ import pytest
 
 from mcr import netlink
 from mcr.errors import McrError
-from mcr.netlink import LinkMonitor, XdpProgram, read_interfaces, receive_queues, xdp_program
+from mcr.netlink import (
+    LinkMonitor,
+    Neighbour,
+    Route,
+    XdpProgram,
+    neighbour,
+    read_interfaces,
+    receive_queues,
+    route_to,
+    xdp_program,
+)
 from mcr.rule import InterfaceFacts
 from tests.conftest import require
 from tests.netns.lab import Lab, Namespace
@@ -505,3 +516,40 @@ def test_a_callback_that_fails_does_not_end_the_monitor(
     with lab.inside(host):
         asyncio.run(session())
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_routes_are_told_as_a_send_would_find_them(lab: Lab, host: Namespace) -> None:
+    for address in ("10.1.0.1/24", "fd01::1/64"):
+        lab.ip(host, f"address add {address} dev eth0")
+    settle(lab, host)
+    for route in (
+        "10.7.0.0/16 via 10.1.0.7 mtu 1000", "unreachable 10.8.0.0/16", "prohibit 10.9.0.0/16",
+        "blackhole 10.10.0.0/16", "unreachable fd08::/16",
+    ):  # fmt: skip
+        lab.ip(host, f"route add {route}")
+    with lab.inside(host):
+        eth0, eth1 = map(socket.if_nametoindex, ("eth0", "eth1"))
+        wanted = {
+            ("10.1.0.2", 0): Route(eth0, source="10.1.0.1"),
+            ("10.7.0.1", 0): Route(eth0, "10.1.0.7", "10.1.0.1", 1000),
+            ("10.1.0.1", 0): Route(socket.if_nametoindex("lo"), source="10.1.0.1", local=True),
+            ("fd01::2", 0): Route(eth0, source="fd01::1"),
+            ("10.8.0.1", 0): Route(error=errno.EHOSTUNREACH),
+            ("10.9.0.1", 0): Route(error=errno.EACCES),
+            ("10.10.0.1", 0): Route(error=errno.EINVAL),
+            ("192.0.2.1", 0): Route(error=errno.ENETUNREACH),
+            ("fd08::1", 0): Route(error=errno.EHOSTUNREACH),
+            ("fd09::1", 0): Route(error=errno.ENETUNREACH),
+            ("fd01::2", eth1): Route(error=errno.ENETUNREACH),
+        }
+        assert {key: route_to(ip_address(key[0]), key[1]) for key in wanted} == wanted
+
+
+def test_neighbours_are_told_as_the_kernel_knows_them(lab: Lab, host: Namespace) -> None:
+    lab.ip(host, f"neigh add 10.1.0.2 lladdr {MAC} dev eth0 nud permanent")
+    lab.ip(host, "neigh add fd01::2 dev eth0 nud failed")
+    with lab.inside(host):
+        eth0 = socket.if_nametoindex("eth0")
+        assert neighbour(eth0, ip_address("10.1.0.2")) == Neighbour("permanent", MAC)
+        assert neighbour(eth0, ip_address("fd01::2")) in (Neighbour("failed", ""), None)
+        assert neighbour(eth0, ip_address("10.1.0.3")) is None
