@@ -48,6 +48,7 @@ PROGRAMS = {
     "mcr_devmap_xmit": lib.MCR_PROGRAM_RAW_TRACEPOINT,
 }
 PROGRAM_NAME = "mcr_relay"
+GONE = "already gone"  # or not to be seen, for want of CAP_BPF
 TRACEPOINT = "xdp_devmap_xmit"
 COMPILE_TIMEOUT_S = 60
 VERIFIER_LOG_BYTES = 4 << 20
@@ -345,7 +346,7 @@ def program_name(program_id: int) -> str:
     """The name of a loaded BPF program, or a text that says it has gone."""
     name = ffi.new("char[16]")
     if lib.mcr_program_name(program_id, name) < 0:
-        return "already gone"
+        return GONE
     return ffi.string(name).decode(errors="replace") or "without a name"
 
 

@@ -16,8 +16,11 @@ from mcr import metrics, views
 from mcr.config import Attachment, Config, load_config, parse_attachment, parse_listen, parse_rule
 from mcr.control import ControlServer, Peer, socket_path
 from mcr.errors import McrError
+from mcr.explain import MAX_PAYLOAD_BYTES, Query, explain
 from mcr.jsonrpc import INVALID_PARAMS, METHOD_NOT_FOUND, RequestError
 from mcr.notify import keep_alive, notify, reloading
+from mcr.situation import gather
+from mcr.stream import parse_stream
 from mcr.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -84,6 +87,22 @@ async def _reload(supervisor: Supervisor, _: dict[str, Any]) -> object:
     return None
 
 
+def _number(params: dict[str, Any], key: str, low: int, high: int) -> int | None:
+    value = params.get(key)
+    if value is not None and (type(value) is not int or not low <= value <= high):
+        raise RequestError(INVALID_PARAMS, f"{key} must be a number of {low}..{high}")
+    return value
+
+
+async def _explain(supervisor: Supervisor, params: dict[str, Any]) -> object:
+    query = Query(
+        parse_stream(_text(params, "stream")),
+        _number(params, "ttl", 1, 255),
+        _number(params, "size", 0, MAX_PAYLOAD_BYTES),
+    )
+    return explain(query, await gather(supervisor, query))
+
+
 METHODS: dict[str, Method] = {
     "attach": _attach,
     "detach": _detach,
@@ -93,6 +112,7 @@ METHODS: dict[str, Method] = {
     "status": _status,
     "stats": _stats,
     "reload": _reload,
+    "explain": _explain,
 }
 
 

@@ -13,7 +13,10 @@ import click
 from mcr.cli.common import Settings
 from mcr.errors import ExitStatus, McrError
 
-COMMANDS = ("run", "attach", "detach", "rule", "status", "stats", "check", "reload", "send", "listen")
+COMMANDS = (
+    *("run", "attach", "detach", "rule", "status", "stats", "check", "reload", "send", "listen"),
+    *("doctor", "explain"),
+)
 
 
 class LazyGroup(click.Group):

@@ -1,0 +1,128 @@
+"""Gathers what explain.py looks at: the supervisor's state, its counters, and what the kernel says now.
+
+It only reads. What asks the kernel runs in a thread, so that a slow answer never holds up the supervisor.
+This module must never judge what it read; explain.py does.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterable, Mapping
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
+
+from mcr import ethtool, loader, netlink, procfs, views
+from mcr.desired import OutputState, RuleState
+from mcr.errors import McrError
+from mcr.explain import Ingress, Query, RefusedJoin, Situation, Worker, matching
+from mcr.explain_output import OutputSeen
+from mcr.maps import OutputCounts
+from mcr.membership import MembershipFailure
+from mcr.reasons import JOIN_LIMITS
+from mcr.rule import InterfaceFacts
+from mcr.stream import Stream
+
+if TYPE_CHECKING:
+    from mcr.supervisor import Supervisor
+
+LOST = ("receive_ring_full", "fill_ring_empty", "socket_dropped")
+
+
+async def gather(supervisor: "Supervisor", query: Query) -> Situation:
+    """Everything that explaining a stream needs, of the rule that takes it and of its interface."""
+    stream = query.stream
+    rules, facts = supervisor.desired.rules, supervisor.facts
+    found = matching(stream, rules.values())
+    state = found[0] if found else None
+    counts = supervisor.maps.rule_counts(state.rule_id) if state else None
+    of_outputs = {
+        output.output_id: supervisor.maps.output_counts(output.output_id)
+        for output in (state.outputs if state else ())
+    }
+    rows = [row for row in views.status(supervisor) if row.get("interface") == stream.interface]
+    interfaces = [row for row in rows if row["object"] == "interface"]
+    refused = _of_interface(supervisor.membership.failures, facts.get(stream.interface))
+    seen_ns = counts.last_seen_ns if counts else 0
+    return Situation(
+        rules=rules,
+        facts=facts,
+        ingress=await asyncio.to_thread(_ingress, stream.interface, interfaces) if interfaces else None,
+        refused=[_refused(failure) for failure in refused],
+        counts=counts,
+        silent_s=round((time.monotonic_ns() - seen_ns) / 1e9, 3) if seen_ns else None,
+        outputs=await asyncio.to_thread(_outputs, state, of_outputs, facts),
+        redirect_lost=supervisor.redirect_losses(),
+        tags_hidden=await asyncio.to_thread(_tags_hidden, stream),
+    )
+
+
+def _of_interface(
+    failures: Iterable[MembershipFailure], facts: InterfaceFacts | None
+) -> list[MembershipFailure]:
+    return [failure for failure in failures if facts and failure.membership.ifindex == facts.ifindex]
+
+
+def _refused(failure: MembershipFailure) -> RefusedJoin:
+    """The remedy names the one limit that is to blame, if it is known which."""
+    remedy = failure.remedy
+    for name, default in JOIN_LIMITS.items():
+        value = procfs.sysctl(name)
+        if name in remedy and value is not None and value < 1:
+            remedy = f"sysctl -w {name}={default} (it is {value})"
+            break
+    return RefusedJoin(failure.membership.group, failure.membership.source, failure.cause, remedy)
+
+
+def _ingress(interface: str, rows: list[dict[str, Any]]) -> Ingress:
+    """rows: of the interface, one or one for each of its workers."""
+    first = rows[0]
+    pids = [row["worker_pid"] for row in rows if row["worker_pid"]]
+    pending = next((row["reason"] for row in rows if row["reason"]), "")
+    lost = {name: sum(int(row.get(name) or 0) for row in rows) for name in LOST}
+    return Ingress(
+        mode=first["mode"],
+        ingress=first["ingress"],
+        pending=pending,
+        workers=tuple(Worker(pid, procfs.state(pid)) for pid in dict.fromkeys(pids)),
+        other_program=_other_program(interface) if pending else "",
+        lost=lost,
+    )
+
+
+def _other_program(interface: str) -> str:
+    """The XDP program on an interface, unless it is one of MCR's."""
+    with contextlib.suppress(OSError, McrError):
+        if program := netlink.xdp_program(interface):
+            name = loader.program_name(program.program_id)
+            return "" if name == loader.PROGRAM_NAME else f"{name} (id {program.program_id}, {program.mode})"
+    return ""
+
+
+def _tags_hidden(stream: Stream) -> bool:
+    """Whether the device takes tags out; a veth does not, whatever it says."""
+    name = stream.interface
+    return bool(stream.vlan and ethtool.features(name).get(ethtool.TAKES_TAGS_OUT)) and (
+        ethtool.driver(name) != "veth"
+    )
+
+
+def _outputs(
+    state: RuleState | None, counts: Mapping[int, OutputCounts], facts: Mapping[str, InterfaceFacts]
+) -> dict[int, OutputSeen]:
+    """Routes and neighbours are asked for where the stack chooses the way: for unicast."""
+    if state is None:
+        return {}
+    return {output.output_id: _output(output, counts[output.output_id], facts) for output in state.outputs}
+
+
+def _output(output: OutputState, counts: OutputCounts, facts: Mapping[str, InterfaceFacts]) -> OutputSeen:
+    to = output.output
+    if to.group or (to.interface and to.interface not in facts):
+        return OutputSeen(counts)
+    with contextlib.suppress(OSError):
+        route = netlink.route_to(to.address, facts[to.interface].ifindex if to.interface else 0)
+        if route.error or route.local:
+            return OutputSeen(counts, route)
+        hop = ip_address(route.gateway) if route.gateway else to.address
+        return OutputSeen(counts, route, netlink.neighbour(route.ifindex, hop))
+    return OutputSeen(counts)
