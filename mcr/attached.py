@@ -210,6 +210,12 @@ class AttachedInterface:
         setups = dict(enumerate(self._choose_setups(facts)))
         concerned = [seat for seat in self.seats if seat.setup != setups.get(seat.index)]
         await all_done(seat.stop("no receive queue is left for it") for seat in concerned)
+        try:
+            self._attach_to_new_queues(facts)
+        except McrError as error:
+            await self._take_down()
+            self._reason = str(error)
+            raise
         await all_done(
             seat.start(setups[seat.index], self.spec, None, patiently=True)
             for seat in concerned
@@ -235,9 +241,22 @@ class AttachedInterface:
             self.ingress = "packet"
             return
         self.mode = self._link.mode
-        if self.keep and self._link.pin is None:
-            self._link.keep(loader.link_dir(self.instance) / str(facts.ifindex))
+        self._pin_link(facts)
         log.info("%s: attached in %s mode", self.name, self.mode)
+
+    def _pin_link(self, facts: InterfaceFacts) -> None:
+        if self.keep and self._link is not None and self._link.pin is None:
+            self._link.keep(loader.link_dir(self.instance) / str(facts.ifindex))
+
+    def _attach_to_new_queues(self, facts: InterfaceFacts) -> None:
+        """A veth device runs a program only on the queues that it had when the program was attached, and
+        hands the packets of others to the stack (veth_set_channels in the kernel's drivers/net/veth.c)."""
+        if self._link is None or self.mode != "native" or not netlink.is_veth(self.name):
+            return
+        self._link.close()
+        self._link = None
+        self._link = loader.attach(self._maps.program_fd, self.name, facts.ifindex, "native")
+        self._pin_link(facts)
 
     def _adopt(self, facts: InterfaceFacts) -> loader.Link | None:
         """A link that an earlier supervisor left, if it is in a mode that is wanted."""

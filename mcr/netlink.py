@@ -200,6 +200,11 @@ def receive_queues(name: str) -> int:
     return max(1, int(link.get("num_rx_queues")))
 
 
+def is_veth(name: str) -> bool:
+    """Whether the interface is one end of a veth pair. Raises McrError if there is no such interface."""
+    return bool(_link(name).get(("IFLA_LINKINFO", "IFLA_INFO_KIND")) == "veth")
+
+
 def xdp_program(name: str) -> XdpProgram | None:
     """The XDP program on an interface, None if there is none; of several, the one that the driver runs.
 

@@ -5,6 +5,7 @@ Each datagram says which flow it is of and its number in that, so that loss, dou
 
 import socket
 import struct
+import time
 from types import TracebackType
 from typing import Self
 
@@ -79,6 +80,15 @@ class FlowSink:
     def take_all(self, total: int, idle_s: float = 5.0) -> None:
         """Takes until so many have been heard in all, or until nothing comes for idle_s."""
         self._take(total, idle_s)
+
+    def wait_for(self, source: ManyFlows, first: int, timeout_s: float = 10.0) -> None:
+        """Takes until everything that was sent since the number first has been heard."""
+        missing = {(flow, number) for flow, sent in enumerate(source.sent) for number in range(first, sent)}
+        deadline = time.monotonic() + timeout_s
+        while missing:
+            assert time.monotonic() < deadline, f"{len(missing)} are missing"
+            self._take(len(self.heard) + 1, 0.1)
+            missing.difference_update(self.heard[-1:])
 
     def _take(self, total: int, idle_s: float) -> None:
         self._socket.settimeout(idle_s)
