@@ -14,6 +14,7 @@ from tests.netns.flows import (
     GROUP_IN,
     GROUP_OUT,
     GROUP_SENT,
+    Report,
     assert_whole,
     config,
     dropped,

@@ -3,16 +3,24 @@
 Every packet is handled once: by the worker whose queue it came in by, or whom the fanout group chose.
 """
 
+import asyncio
 import os
 import signal
+import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from mcr._bpf import lib
 
+import mcr
+from mcr import worker
 from mcr.control import ControlClient
+from mcr.desired import WorkerSetup
+from mcr.errors import McrError
 from tests.netns.flows import (
     GROUP_HEARD,
     GROUP_IN,
@@ -207,6 +215,62 @@ def test_what_workers_cannot_have_is_an_error_with_cause_and_remedy(lab: Lab) ->
     argv = [sys.executable, "-m", "mcr.cli.main", "--instance", other.name, "run", "-c", str(many)]
     done = lab.run(topology.relay, argv, check=False)
     assert (done.returncode, "more than 64 workers" in done.stderr) == (1, True), done.stderr
+
+
+def test_rules_that_are_added_at_the_same_time_are_all_kept(lab: Lab) -> None:
+    topology = lab.topology_relay()
+    lab.supervisor(topology.relay, config=config(CAM))
+    client = control(lab, topology.relay)
+
+    def add(number: int) -> None:
+        stream, to = f"239.1.2.{number}%in0:5000", [f"10.2.0.2:{7000 + number}"]
+        control(lab, topology.relay).call("rule.add", **{"name": f"r{number}", "from": stream, "to": to})
+
+    with ThreadPoolExecutor(8) as clients:
+        list(clients.map(add, range(1, 25)))
+    assert {row["rule"] for row in client.call("rule.show")} == {"cam", *(f"r{n}" for n in range(1, 25))}
+
+
+SETUP = WorkerSetup(
+    interface="lo", ifindex=1, slot=0, ingress="packet", zero_copy="off", busy_poll=False, queue_first=0,
+    queue_count=1, frame_size=2048, frame_count=8192, user_id=0, group_id=0,
+)  # fmt: skip
+
+
+def test_a_worker_of_another_version_is_refused_with_both_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "HELLO", "mcr 99.0.0 ABI 99")
+
+    async def session() -> None:
+        process = await worker.WorkerProcess.spawn("in0")
+        try:
+            with pytest.raises(McrError) as refused:
+                await process.set_up(SETUP, ())
+        finally:
+            process.kill()
+            await process.end()
+        own = f"mcr {mcr.__version__} ABI {lib.MCR_ABI_VERSION}"
+        cause = f"the worker is {own}, but the supervisor is mcr 99.0.0 ABI 99"
+        assert refused.value == McrError(cause, "restart the supervisor")
+
+    asyncio.run(session())
+
+
+PARENT = """
+import asyncio, os, signal
+from mcr.worker import WorkerProcess
+async def start():
+    process = await WorkerProcess.spawn("in0")
+    print(process.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(start())
+"""
+
+
+def test_a_worker_whose_supervisor_dies_before_its_set_up_ends() -> None:
+    parent = subprocess.run([sys.executable, "-c", PARENT], capture_output=True, text=True, check=False)
+    assert parent.returncode == -signal.SIGKILL
+    told = Path(f"/proc/{int(parent.stdout)}/stat")
+    wait_until(lambda: not told.exists() or told.read_text().split()[2] == "Z", "its end")
 
 
 def test_a_crash_loop_is_reported_once_and_everywhere(lab: Lab) -> None:
