@@ -255,7 +255,7 @@ enum mcr_command_type {
 	MCR_DEL_OUTPUT = 3,
 	MCR_SET_RULE = 4, /* adds or replaces; its outputs must be known */
 	MCR_DEL_RULE = 5,
-	MCR_PING = 6,	  /* refreshes the worker counters */
+	MCR_PING = 6,	  /* refreshes the worker counters; the first one opens the AF_PACKET ingress */
 	MCR_SHUTDOWN = 7, /* drains and ends; the acknowledgement is the last message */
 };
 

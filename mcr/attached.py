@@ -1,8 +1,8 @@
-"""One attached interface: its XDP link, its worker, its part of the maps; and the worker's life cycle.
+"""One attached interface: its XDP link, its workers' seats, its part of the maps.
 
 It is told what shall be (`InterfaceSpec`) and makes it so, changing only what differs from what it last put
-in place. A worker that dies or falls silent is replaced with a growing delay and gets everything again before
-it takes traffic. This module must never decide what belongs on the interface; `desired.py` does.
+in place. Its receive queues are shared out among its workers; `seat.py` keeps those alive. This module must
+never decide what belongs on the interface; `desired.py` does.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Literal
 
 from mcr import loader, netlink
@@ -25,158 +25,202 @@ from mcr.desired import (
     WorkerSetup,
     frame_size,
     largest_payload,
+    share_cpus,
+    share_queues,
 )
 from mcr.errors import McrError
 from mcr.maps import MAX_QUEUES, Maps
 from mcr.rule import InterfaceFacts
-from mcr.sockets import open_output, open_packet, route_mtu
-from mcr.worker import WorkerGoneError, WorkerProcess
+from mcr.seat import Seat, all_done, differs
+from mcr.sockets import RouteProbe, open_packets
 
-PING_INTERVAL_S = 1.0
-BACKOFF_FIRST_S = 0.1
-BACKOFF_LAST_S = 10.0
-HEALTHY_AFTER_S = 60.0
 NOBODY = 65534
+RULES_AT_ONCE = 64  # before other work of the loop gets its turn
 
 log = logging.getLogger(__name__)
-
-
-def _with_route(spec: OutputSpec) -> OutputSpec:
-    """What routing chooses the way of is limited by the MTU of the route as it is now."""
-    if spec.ifindex:
-        return spec
-    return replace(spec, gso_limit=largest_payload(spec.output, route_mtu(spec.output)))
-
-
-@dataclass(slots=True)
-class _InPlace:
-    """What the worker and the maps have been told, as far as they acknowledged it."""
-
-    outputs: dict[int, OutputSpec] = field(default_factory=dict)
-    rules: dict[int, RuleSpec] = field(default_factory=dict)
-    map_rules: dict[int, RuleSpec] = field(default_factory=dict)
 
 
 class AttachedInterface:
     """An interface that shall be attached, whether or not it is there now.
 
-    mode is how XDP is attached now ("native", "generic"), empty while it is not or where the ingress needs
-    none; pending says why it is not working, if it is not.
+    slots: of the counters of each of its workers. mode is how XDP is attached now ("native", "generic"),
+    empty while it is not or where the ingress needs none.
     """
 
     def __init__(
-        self, instance: str, attachment: Attachment, maps: Maps, slot: int, xsk_base: int, keep: bool
+        self,
+        instance: str,
+        attachment: Attachment,
+        maps: Maps,
+        slots: Sequence[int],
+        xsk_base: int,
+        keep: bool,
     ) -> None:
         self.instance = instance
         self.attachment = attachment
         self.keep = keep
-        self.slot = slot
         self.xsk_base = xsk_base
         self.mode: Literal["", "native", "generic"] = ""
         self.ingress: Literal["", "xsk", "packet"] = ""
-        self.zero_copy = False
         self.queue_count = 0
-        self.restarts = 0
-        self.pending = "not started"
         self.spec = InterfaceSpec()
+        self.seats = [
+            Seat(attachment.interface, index, slot, xsk_base, maps) for index, slot in enumerate(slots)
+        ]
         self._maps = maps
-        self._facts: InterfaceFacts | None = None
+        self._reason = "not started"  # why it is not attached; empty if it is
         self._link: loader.Link | None = None
-        self._setup: WorkerSetup | None = None
-        self._worker: WorkerProcess | None = None
-        self._in_place = _InPlace()
+        self._facts: InterfaceFacts | None = None  # those that it is attached with
+        self._map_rules: dict[int, RuleSpec] = {}
         self._turn = asyncio.Lock()
-        self._keeper: asyncio.Task[None] | None = None
-        self._backoff_s = BACKOFF_FIRST_S
 
     @property
     def name(self) -> str:
         return self.attachment.interface
 
     @property
+    def pending(self) -> str:
+        """Why it is not working, if it is not, or not wholly."""
+        waiting = (seat.pending for seat in self.seats if seat.setup is not None and seat.pending)
+        return self._reason or next(waiting, "")
+
+    @property
     def worker_pid(self) -> int | None:
-        return self._worker.pid if self._worker else None
+        """The process, if there is one worker and it runs."""
+        return self.seats[0].pid if len(self.seats) == 1 else None
+
+    @property
+    def restarts(self) -> int:
+        return sum(seat.restarts for seat in self.seats)
+
+    @property
+    def zero_copy(self) -> bool:
+        return any(seat.zero_copy for seat in self.seats)
 
     async def prepare(self, facts: InterfaceFacts | None) -> None:
         """Attaches, or detaches what has gone; facts are None where the interface is absent.
 
-        Raises McrError if it cannot be attached; a worker that dies later is replaced.
+        What is attached here has no rule before `put`. Raises McrError if it cannot be attached; a worker
+        that dies later is replaced.
         """
         async with self._turn:
             if self._must_restart(facts):
                 await self._take_down()
-            self._facts = facts
             if facts is None:
-                self.pending = f"there is no interface {self.name}"
-            elif self._keeper is None:
+                self._reason = f"there is no interface {self.name}"
+            elif self._facts is None:
                 await self._start(facts)
+            elif self.ingress == "xsk":
+                await self._follow_queues(facts)
 
     async def put(self, spec: InterfaceSpec) -> None:
-        """Makes the interface what spec says, as far as it is attached. Raises McrError."""
+        """Makes the interface what spec says, as far as it is attached: new outputs and rules before the
+        packets that need them, old ones after the last that does. Raises McrError."""
         async with self._turn:
-            self.spec = spec
-            if self._worker is not None:
-                await self._sync_or_replace(self._worker)
-            elif self._link is not None:
-                self._sync_maps()  # the kernel path does not wait for a worker
+            self.spec = _with_routes(spec, self.spec)
+            await all_done(seat.add(self.spec) for seat in self.seats)
+            await self._sync_maps()  # the kernel path does not wait for a worker
+            await all_done(seat.retire() for seat in self.seats)
 
-    async def _start(self, facts: InterfaceFacts) -> None:
-        try:
-            await self._bring_up(facts)
-        except (McrError, WorkerGoneError) as error:
-            await self._bury(str(error))
-            self._detach()
-            self.pending = str(error)
-            if isinstance(error, McrError):
-                raise
-            raise McrError(f"{self.name}: the worker died: {error}", "see the log") from error
-        self._keeper = asyncio.create_task(self._keep(), name=f"mcr-keep-{self.name}")
-
-    async def _sync_or_replace(self, worker: WorkerProcess) -> None:
-        try:
-            await self._sync()
-        except WorkerGoneError as error:
-            log.error("%s: worker %d: %s", self.name, worker.pid, error)
-            worker.kill()  # upon which the keeper starts another
+    async def has_other_queues(self) -> bool:
+        """Whether the driver uses another number of receive queues now: not all of them tell of a change."""
+        if self._facts is None or self.ingress != "xsk":
+            return False
+        with contextlib.suppress(McrError, OSError):
+            return await asyncio.to_thread(netlink.receive_queues, self.name) != self.queue_count
+        return False
 
     async def stop(self) -> None:
-        """Detaches: first the rules, so that packets go to the stack, then the drained worker, then XDP."""
+        """Detaches: first the rules, so that packets go to the stack, then the drained workers, then XDP."""
         async with self._turn:
             await self._take_down()
-            self.pending = "stopped"
+            self._reason = "stopped"
 
     async def leave(self) -> None:
-        """Ends the worker and its rules, and leaves the kernel path as it is."""
+        """Ends the workers and their rules, and leaves the kernel path as it is."""
         async with self._turn:
-            self._in_place.map_rules = {
-                rule_id: rule for rule_id, rule in self._in_place.map_rules.items() if not rule.kernel
-            }
+            self._map_rules = {number: rule for number, rule in self._map_rules.items() if not rule.kernel}
             if self._link is not None:
                 self._link.let_go()
                 self._link = None
             await self._take_down()
-            self.pending = "stopped"
+            self._reason = "stopped"
 
     @property
     def map_rules(self) -> Iterable[RuleSpec]:
         """The rules that are in the map because of this interface."""
-        return self._in_place.map_rules.values()
+        return self._map_rules.values()
 
     # --- up and down
 
     def _must_restart(self, facts: InterfaceFacts | None) -> bool:
-        if self._setup is None:
+        if self._facts is None:
             return False
         return (
             facts is None
-            or facts.ifindex != self._setup.ifindex
-            or frame_size(facts) != self._setup.frame_size
+            or facts.ifindex != self._facts.ifindex
+            or frame_size(facts) != frame_size(self._facts)
         )
 
-    async def _bring_up(self, facts: InterfaceFacts) -> None:
-        self._attach(facts)
-        self._setup = self._choose_setup(facts)
-        await self._start_worker(self._setup)
+    async def _start(self, facts: InterfaceFacts) -> None:
+        try:
+            self._attach(facts)
+            await self._take_seats(facts)
+        except McrError as error:
+            await all_done(seat.stop() for seat in self.seats)
+            self._detach()
+            self._reason = str(error)
+            raise
+        self._facts = facts
+        self._reason = ""
+
+    async def _take_seats(self, facts: InterfaceFacts) -> None:
+        self.queue_count = await self._count_queues() if self.ingress == "xsk" else 1
+        if self.ingress == "xsk" and self.queue_count < len(self.seats):
+            raise McrError(
+                f"{self.name} has {self.queue_count} receive queues, fewer than {len(self.seats)} workers",
+                f"choose --workers {self.queue_count}, or give it more (ethtool -L {self.name})",
+            )
+        setups = self._choose_setups(facts)
+        packets = open_packets(self.name, facts.ifindex, len(setups)) if self.ingress == "packet" else None
+        await all_done(
+            seat.start(setup, InterfaceSpec(), packets[seat.index] if packets else None)
+            for seat, setup in zip(self.seats, setups, strict=True)
+        )
+
+    async def _count_queues(self) -> int:
+        queues = await asyncio.to_thread(netlink.receive_queues, self.name)
+        if queues > MAX_QUEUES:
+            raise McrError(
+                f"{self.name} has {queues} receive queues, more than {MAX_QUEUES}",
+                f"ethtool -L {self.name} combined {MAX_QUEUES}",
+            )
+        return queues
+
+    async def _follow_queues(self, facts: InterfaceFacts) -> None:
+        """Replaces the workers whose share of the receive queues has changed. All of these end before the
+        first of the new ones begins, because a queue has one socket."""
+        queues = await self._count_queues()
+        if queues == self.queue_count:
+            return
+        log.info("%s: %d receive queues instead of %d", self.name, queues, self.queue_count)
+        if queues < len(self.seats):
+            log.warning("%s: only %d of %d workers have a queue", self.name, queues, len(self.seats))
+        self.queue_count = queues
+        setups = dict(enumerate(self._choose_setups(facts)))
+        concerned = [seat for seat in self.seats if seat.setup != setups.get(seat.index)]
+        await all_done(seat.stop("no receive queue is left for it") for seat in concerned)
+        try:
+            self._attach_to_new_queues(facts)
+        except McrError as error:
+            await self._take_down()
+            self._reason = str(error)
+            raise
+        await all_done(
+            seat.start(setups[seat.index], self.spec, None, patiently=True)
+            for seat in concerned
+            if seat.index in setups
+        )
 
     def _attach(self, facts: InterfaceFacts) -> None:
         """XDP, unless the ingress needs none. Only `auto` falls back to AF_PACKET, where XDP cannot run."""
@@ -197,9 +241,22 @@ class AttachedInterface:
             self.ingress = "packet"
             return
         self.mode = self._link.mode
-        if self.keep and self._link.pin is None:
-            self._link.keep(loader.link_dir(self.instance) / str(facts.ifindex))
+        self._pin_link(facts)
         log.info("%s: attached in %s mode", self.name, self.mode)
+
+    def _pin_link(self, facts: InterfaceFacts) -> None:
+        if self.keep and self._link is not None and self._link.pin is None:
+            self._link.keep(loader.link_dir(self.instance) / str(facts.ifindex))
+
+    def _attach_to_new_queues(self, facts: InterfaceFacts) -> None:
+        """A veth device runs a program only on the queues that it had when the program was attached, and
+        hands the packets of others to the stack (veth_set_channels in the kernel's drivers/net/veth.c)."""
+        if self._link is None or self.mode != "native" or not netlink.is_veth(self.name):
+            return
+        self._link.close()
+        self._link = None
+        self._link = loader.attach(self._maps.program_fd, self.name, facts.ifindex, "native")
+        self._pin_link(facts)
 
     def _adopt(self, facts: InterfaceFacts) -> loader.Link | None:
         """A link that an earlier supervisor left, if it is in a mode that is wanted."""
@@ -214,111 +271,58 @@ class AttachedInterface:
             self._link.close()
             self._link = None
         self.mode = ""
-        self._setup = None
+        self._facts = None
 
-    def _choose_setup(self, facts: InterfaceFacts) -> WorkerSetup:
-        queues = netlink.receive_queues(self.name) if self.ingress == "xsk" else 1
-        if queues > MAX_QUEUES:
-            raise McrError(
-                f"{self.name} has {queues} receive queues, more than {MAX_QUEUES}",
-                f"ethtool -L {self.name} combined {MAX_QUEUES}",
-            )
-        self.queue_count = queues
+    def _choose_setups(self, facts: InterfaceFacts) -> list[WorkerSetup]:
+        """One for each worker that has a share of the queues."""
+        workers, threads = len(self.seats), 1 + self.attachment.egress_threads
+        queues = [range(1)] * workers if self.ingress == "packet" else share_queues(self.queue_count, workers)
+        _check_cpus(self.attachment.cpus)
+        cpus = share_cpus(self.attachment.cpus, workers, threads)
         root = os.geteuid() == 0
-        return WorkerSetup(
-            interface=self.name,
-            ifindex=facts.ifindex,
-            slot=self.slot,
-            ingress="xsk" if self.ingress == "xsk" else "packet",
-            # Zero-copy sockets bypass the stack, where a program in generic mode runs.
-            zero_copy="off" if self.mode == "generic" else self.attachment.zero_copy,
-            busy_poll=self.attachment.busy_poll,
-            queue_first=0,
-            queue_count=queues,
-            frame_size=frame_size(facts),
-            frame_count=FRAME_COUNT,
-            user_id=NOBODY if root else 0,
-            group_id=NOBODY if root else 0,
-            egress_threads=self.attachment.egress_threads,
-        )
-
-    async def _start_worker(self, setup: WorkerSetup) -> None:
-        """Starts a worker, gives it every output and rule, and only then traffic."""
-        self._in_place = _InPlace(map_rules=self._in_place.map_rules)
-        self._worker = await WorkerProcess.spawn(self.name)
-        sockets, self.zero_copy = await self._set_up_worker(self._worker, setup)
-        try:
-            await self._sync()
-            for queue, fd in enumerate(sockets):
-                self._maps.set_xsk(self.xsk_base + queue, fd)
-        finally:
-            for fd in sockets:  # only the worker keeps them, so that they end with it
-                os.close(fd)
-        self.pending = ""
-        log.info("%s: worker %d takes traffic", self.name, self._worker.pid)
-
-    async def _set_up_worker(self, worker: WorkerProcess, setup: WorkerSetup) -> tuple[list[int], bool]:
-        fds: Sequence[int] = self._maps.counter_fds
-        if setup.ingress == "xsk":
-            return await worker.set_up(setup, fds)
-        with open_packet(setup.interface, setup.ifindex) as packet:
-            return await worker.set_up(setup, (*fds, packet.fileno()))
+        return [
+            WorkerSetup(
+                interface=self.name,
+                ifindex=facts.ifindex,
+                slot=seat.slot,
+                ingress="xsk" if self.ingress == "xsk" else "packet",
+                # Zero-copy sockets bypass the stack, where a program in generic mode runs.
+                zero_copy="off" if self.mode == "generic" else self.attachment.zero_copy,
+                busy_poll=self.attachment.busy_poll,
+                queue_first=own.start,
+                queue_count=len(own),
+                frame_size=frame_size(facts),
+                frame_count=FRAME_COUNT,
+                user_id=NOBODY if root else 0,
+                group_id=NOBODY if root else 0,
+                egress_threads=self.attachment.egress_threads,
+                cpus=cpus[seat.index],
+            )
+            for seat, own in zip(self.seats, queues, strict=False)
+        ]
 
     async def _take_down(self) -> None:
-        if self._keeper is not None:
-            self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
-            self._keeper = None
-        for rule in self._in_place.map_rules.values():
+        for rule in self._map_rules.values():
             self._delete_map_rule(rule)
-        for queue in range(self.queue_count):
-            self._maps.delete_xsk(self.xsk_base + queue)
-        if self._worker is not None:
-            await self._worker.shut_down()
-            self._worker = None
-        self._in_place = _InPlace()
+        self._map_rules = {}
+        await all_done(seat.stop() for seat in self.seats)
+        self.spec = InterfaceSpec()
         self._detach()
 
     # --- making it so
 
-    async def _sync(self) -> None:
-        """New outputs and rules before the packets that need them, old ones after the last that does."""
-        assert self._worker is not None
-        in_place = self._in_place
-        wanted = {rule_id: rule for rule_id, rule in self.spec.rules.items() if not rule.kernel}
-        await self._add_outputs(self._worker)
-        for rule_id, rule in wanted.items():
-            if in_place.rules.get(rule_id) != rule:
-                await self._worker.set_rule(rule)
-                in_place.rules[rule_id] = rule
-        self._sync_maps()
-        for rule_id in in_place.rules.keys() - wanted.keys():
-            await self._worker.delete_rule(rule_id)  # after it has relayed what waits in its ring
-            del in_place.rules[rule_id]
-        for output_id in in_place.outputs.keys() - self.spec.outputs.keys():
-            await self._worker.delete_output(output_id)
-            del in_place.outputs[output_id]
-
-    def _sync_maps(self) -> None:
+    async def _sync_maps(self) -> None:
         if self._link is None:
             return
-        in_place = self._in_place.map_rules
-        for rule_id in in_place.keys() - self.spec.rules.keys():
+        in_place, wanted = self._map_rules, self.spec.rules
+        for rule_id in in_place.keys() - wanted.keys():
             self._delete_map_rule(in_place.pop(rule_id))
-        for rule_id, rule in self.spec.rules.items():
-            if in_place.get(rule_id) != rule:
-                self._put_map_rule(rule, in_place.get(rule_id))
-                in_place[rule_id] = rule
-
-    async def _add_outputs(self, worker: WorkerProcess) -> None:
-        for output_id, wanted in self.spec.outputs.items():
-            spec = _with_route(wanted)
-            if self._in_place.outputs.get(output_id) == spec:
-                continue
-            with open_output(spec.output, spec.ifindex) as udp:
-                await worker.add_output(spec, udp)
-            self._in_place.outputs[output_id] = spec
+        changed = [rule for rule in wanted.values() if differs(in_place.get(rule.rule_id), rule)]
+        for number, rule in enumerate(changed, 1):
+            self._put_map_rule(rule, in_place.get(rule.rule_id))
+            in_place[rule.rule_id] = rule
+            if number % RULES_AT_ONCE == 0:
+                await asyncio.sleep(0)
 
     def _put_map_rule(self, rule: RuleSpec, before: RuleSpec | None) -> None:
         """Everything that the rule needs is in place before the one update that makes it count."""
@@ -365,52 +369,34 @@ class AttachedInterface:
         if len(rule.kernel_outputs) > 1 and len(kept) < 2:
             self._maps.delete_fan_out(rule.rule_id)
 
-    # --- the worker's life
 
-    async def _watch(self, worker: WorkerProcess) -> str:
-        """Pings until the worker ends or falls silent. Returns the cause."""
-        while True:
-            try:
-                async with asyncio.timeout(PING_INTERVAL_S):
-                    await worker.process.wait()
-                return f"ended with status {worker.process.returncode}"
-            except TimeoutError:
-                pass
-            try:
-                await worker.ping()
-            except (WorkerGoneError, McrError) as error:
-                return str(error)
+def _with_routes(spec: InterfaceSpec, before: InterfaceSpec) -> InterfaceSpec:
+    """What routing chooses the way of is limited by the MTU of the route as it is now."""
+    routed = [output for output in spec.outputs.values() if not output.ifindex]
+    if not routed:
+        return spec
+    outputs = dict(spec.outputs)
+    with RouteProbe() as probe:
+        for wanted in routed:
+            limit = largest_payload(wanted.output, probe.mtu(wanted.output))
+            old = before.outputs.get(wanted.output_id)
+            outputs[wanted.output_id] = (
+                old if old is not None and _is_like(old, wanted, limit) else replace(wanted, gso_limit=limit)
+            )
+    return InterfaceSpec(outputs, spec.rules)
 
-    async def _keep(self) -> None:
-        """Keeps a worker running, for as long as the interface stays attached."""
-        loop = asyncio.get_running_loop()
-        while True:
-            started_s = loop.time()
-            if self._worker is not None:
-                cause = await self._watch(self._worker)
-                async with self._turn:
-                    await self._bury(cause)
-            if loop.time() - started_s > HEALTHY_AFTER_S:
-                self._backoff_s = BACKOFF_FIRST_S
-            await asyncio.sleep(self._backoff_s)
-            self._backoff_s = min(2 * self._backoff_s, BACKOFF_LAST_S)
-            async with self._turn:
-                await self._revive()
 
-    async def _bury(self, cause: str) -> None:
-        """Ends what is left of a worker that has failed, and keeps its last words as the reason."""
-        worker, self._worker = self._worker, None
-        if worker is None:
-            return
-        worker.kill()
-        await worker.end()
-        self.pending = f"its worker is being restarted: {worker.last_words or cause}"
-        log.error("%s: worker %d: %s", self.name, worker.pid, cause)
+def _is_like(old: OutputSpec, wanted: OutputSpec, gso_limit: int) -> bool:
+    """Whether old is what wanted becomes with this limit."""
+    return not old.ifindex and old.gso_limit == gso_limit and not differs(old.output, wanted.output)
 
-    async def _revive(self) -> None:
-        self.restarts += 1
-        assert self._facts is not None  # apply() takes everything down, this task too, when they go
-        try:
-            await self._bring_up(self._facts)
-        except (McrError, WorkerGoneError) as error:
-            await self._bury(str(error))
+
+def _check_cpus(cpus: Sequence[int]) -> None:
+    allowed = os.sched_getaffinity(0)
+    for cpu in cpus:
+        if cpu not in allowed:
+            listed = ",".join(map(str, sorted(allowed)))
+            raise McrError(
+                f"CPU {cpu} is not among those that the supervisor may use ({listed})",
+                "choose --cpus from these, or start the supervisor with more (taskset, CPUAffinity=)",
+            )

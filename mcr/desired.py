@@ -6,9 +6,11 @@ must never do I/O.
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from ipaddress import IPv4Address
+from itertools import cycle
 from typing import Literal
 
 from mcr._bpf import ffi, lib
@@ -33,6 +35,7 @@ SMALL_FRAME, LARGE_FRAME = 2048, 4096
 class WorkerSetup:
     """What a worker is told once. A worker whose set-up changes is replaced.
 
+    queue_first, queue_count: the receive queues that are its own; AF_PACKET knows only one.
     cpus: of the ingress thread, then of each egress thread; empty where the kernel may choose.
     """
 
@@ -147,6 +150,12 @@ class IdPool:
         self._free.remove(number)
 
 
+@lru_cache(MAX_RULES)
+def _output_keys(rule: Rule) -> tuple[tuple[str, str], ...]:
+    """What the output_ids of a rule are found by."""
+    return tuple((rule.name, str(output)) for output in rule.outputs)
+
+
 @dataclass(slots=True)
 class Ids:
     """rule_id and output_id of everything that is desired; what is unchanged keeps its ids."""
@@ -169,7 +178,7 @@ class Ids:
     def assign(self, rules: Iterable[Rule]) -> tuple[list[int], list[int]]:
         """Ids for exactly these rules and their outputs. Returns the new rule_ids and output_ids."""
         wanted = {rule.name: rule for rule in rules}
-        wanted_outputs = {(rule.name, str(output)) for rule in wanted.values() for output in rule.outputs}
+        wanted_outputs = {key for rule in wanted.values() for key in _output_keys(rule)}
         for name in self.rules.keys() - wanted.keys():
             self._free_rules.give(self.rules.pop(name))
         for key in self.outputs.keys() - wanted_outputs:
@@ -179,8 +188,7 @@ class Ids:
             if rule.name not in self.rules:
                 self.rules[rule.name] = self._free_rules.take()
                 new_rules.append(self.rules[rule.name])
-            for output in rule.outputs:
-                key = (rule.name, str(output))
+            for key in _output_keys(rule):
                 if key not in self.outputs:
                     self.outputs[key] = self._free_outputs.take()
                     new_outputs.append(self.outputs[key])
@@ -194,6 +202,21 @@ class Desired:
     interfaces: dict[str, InterfaceSpec]
     rules: dict[str, RuleState]
     memberships: frozenset[Membership]
+
+
+def share_queues(queues: int, workers: int) -> list[range]:
+    """The receive queues of each worker: contiguous, and as evenly as possible.
+
+    With fewer queues than workers, the last workers are left out.
+    """
+    workers = min(queues, workers)
+    return [range(queues * n // workers, queues * (n + 1) // workers) for n in range(workers)]
+
+
+def share_cpus(cpus: Sequence[int], workers: int, threads: int) -> list[tuple[int, ...]]:
+    """The CPUs of each worker's threads, taken in turn and from the start again where there are too few."""
+    taken = cycle(cpus)
+    return [tuple(next(taken) for _ in range(threads)) if cpus else () for _ in range(workers)]
 
 
 def longest_frame(facts: InterfaceFacts) -> int:
@@ -276,15 +299,100 @@ def realise(
     ids must have been assigned for the same rules. A rule whose interface is absent or not attached is
     pending; an output whose interface is absent is left out until it comes.
     """
-    desired = Desired({name: InterfaceSpec() for name in attachments}, {}, frozenset())
-    memberships: set[Membership] = set()
-    for rule in rules:
-        desired.rules[rule.name] = state = _rule_state(rule, attachments, facts, ids, desired.interfaces)
+    return Realiser().realise(rules, attachments, facts, ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Realised:
+    """One rule, what it was realised from, and what came of it."""
+
+    rule: Rule
+    facts: tuple[InterfaceFacts | None, ...]
+    attached: bool
+    rule_id: int
+    output_ids: tuple[tuple[tuple[str, str], int], ...]
+    state: RuleState
+    spec: RuleSpec | None
+    outputs: tuple[OutputSpec, ...]
+    membership: Membership | None
+
+    def is_of(self, rule: Rule, facts: tuple[InterfaceFacts | None, ...], attached: bool, ids: Ids) -> bool:
+        return (
+            (self.rule is rule or self.rule == rule)
+            and self.facts == facts
+            and self.attached == attached
+            and ids.rules[rule.name] == self.rule_id
+            and all(ids.outputs[key] == output_id for key, output_id in self.output_ids)
+        )
+
+
+class Realiser:
+    """`realise`, with a memory: an unchanged rule on unchanged interfaces is not thought about again, and its
+    specs are the same objects as before."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, _Realised] = {}
+
+    def realise(
+        self,
+        rules: Iterable[Rule],
+        attachments: Mapping[str, Attachment],
+        facts: Mapping[str, InterfaceFacts],
+        ids: Ids,
+    ) -> Desired:
+        desired = Desired({name: InterfaceSpec() for name in attachments}, {}, frozenset())
+        memberships: set[Membership] = set()
+        known: dict[str, _Realised] = {}
+        for rule in rules:
+            known[rule.name] = made = self._realise(rule, attachments, facts, ids)
+            same = made.state.rule is rule
+            desired.rules[rule.name] = made.state if same else replace(made.state, rule=rule)
+            if made.spec is not None:
+                interface = desired.interfaces[rule.stream.interface]
+                interface.rules[made.rule_id] = made.spec
+                interface.outputs.update((output.output_id, output) for output in made.outputs)
+            if made.membership is not None:
+                memberships.add(made.membership)
+        self._known = known
+        desired.memberships = frozenset(memberships)
+        return desired
+
+    def plan(self, rule: Rule, facts: Mapping[str, InterfaceFacts]) -> None:
+        """Raises McrError as `plan` does."""
+        known = self._known.get(rule.name)
+        if (
+            known is None
+            or known.facts != _involved(rule, facts)
+            or known.rule != rule
+            or known.state.pending
+        ):
+            plan(rule, facts)
+
+    def _realise(
+        self,
+        rule: Rule,
+        attachments: Mapping[str, Attachment],
+        facts: Mapping[str, InterfaceFacts],
+        ids: Ids,
+    ) -> _Realised:
+        involved, attached = _involved(rule, facts), rule.stream.interface in attachments
+        known = self._known.get(rule.name)
+        if known is not None and known.is_of(rule, involved, attached, ids):
+            return known
+        state, spec, outputs = _rule_state(rule, attachments, facts, ids)
+        membership = None
         if not state.pending and rule.stream.group:
             ifindex = facts[rule.stream.interface].ifindex
-            memberships.add(Membership(ifindex, rule.stream.address, rule.stream.source))
-    desired.memberships = frozenset(memberships)
-    return desired
+            membership = Membership(ifindex, rule.stream.address, rule.stream.source)
+        output_ids = tuple((key, ids.outputs[key]) for key in _output_keys(rule))
+        return _Realised(
+            *(rule, involved, attached, state.rule_id, output_ids), *(state, spec, outputs, membership)
+        )
+
+
+def _involved(rule: Rule, facts: Mapping[str, InterfaceFacts]) -> tuple[InterfaceFacts | None, ...]:
+    """The interfaces that the rule names, as they are."""
+    return (facts.get(rule.stream.interface), *(facts.get(output.interface) for output in rule.outputs))
 
 
 def _why_pending(
@@ -312,8 +420,7 @@ def _rule_state(
     attachments: Mapping[str, Attachment],
     facts: Mapping[str, InterfaceFacts],
     ids: Ids,
-    interfaces: dict[str, InterfaceSpec],
-) -> RuleState:
+) -> tuple[RuleState, RuleSpec | None, tuple[OutputSpec, ...]]:
     rule_id = ids.rules[rule.name]
     pending = _why_pending(rule, attachments, facts)
     try:
@@ -322,30 +429,30 @@ def _rule_state(
         chosen, pending = Plan("worker" if rule.path == "worker" else "kernel", "asked for"), error.cause
     states: list[OutputState] = []
     present: list[tuple[Output, int]] = []
-    for output in rule.outputs:
-        output_id = ids.outputs[rule.name, str(output)]
+    for output, key in zip(rule.outputs, _output_keys(rule), strict=True):
+        output_id = ids.outputs[key]
         if waits := _why_output_waits(output, chosen, facts):
             states.append(OutputState(output, output_id, waits))
         else:
             states.append(OutputState(output, output_id, pending))
             present.append((output, output_id))
-    if not pending:
-        _add_specs(interfaces[rule.stream.interface], rule, rule_id, chosen, present, facts)
-    return RuleState(rule, rule_id, chosen.path, chosen.reason, pending, tuple(states))
+    state = RuleState(rule, rule_id, chosen.path, chosen.reason, pending, tuple(states))
+    if pending:
+        return state, None, ()
+    return state, *_specs(rule, rule_id, chosen, present, facts)
 
 
-def _add_specs(
-    spec: InterfaceSpec,
+def _specs(
     rule: Rule,
     rule_id: int,
     chosen: Plan,
     present: list[tuple[Output, int]],
     facts: Mapping[str, InterfaceFacts],
-) -> None:
+) -> tuple[RuleSpec, tuple[OutputSpec, ...]]:
     ingress = facts[rule.stream.interface]
     key = bytes(ffi.buffer(rule_key(rule.stream, ingress.ifindex)))
     if chosen.path == "kernel":
-        spec.rules[rule_id] = RuleSpec(
+        spec = RuleSpec(
             rule_id,
             key,
             longest_frame(ingress),
@@ -355,8 +462,7 @@ def _add_specs(
                 _kernel_output(output, output_id, facts[output.interface]) for output, output_id in present
             ),
         )
-        return
-    outputs = [_worker_output(output, output_id, facts) for output, output_id in present]
-    spec.outputs.update({output.output_id: output for output in outputs})
+        return spec, ()
+    outputs = tuple(_worker_output(output, output_id, facts) for output, output_id in present)
     output_ids = tuple(output.output_id for output in outputs)
-    spec.rules[rule_id] = RuleSpec(rule_id, key, frame_limit(ingress), output_ids)
+    return RuleSpec(rule_id, key, frame_limit(ingress), output_ids), outputs

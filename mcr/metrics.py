@@ -79,23 +79,28 @@ class RelayCollector(Collector):
             "How an interface is attached",
             labels=["interface", "mode", "ingress", "zero_copy"],
         )
-        up = GaugeMetricFamily("mcr_worker_up", "Whether the interface has a worker", labels=["interface"])
-        restarts = CounterMetricFamily(
-            "mcr_worker_restarts", "Times its worker was replaced", labels=["interface"]
+        worker = ["interface", "worker"]
+        up = GaugeMetricFamily("mcr_worker_up", "Whether the worker runs", labels=worker)
+        restarts = CounterMetricFamily("mcr_worker_restarts", "Times the worker was replaced", labels=worker)
+        crash_loop = GaugeMetricFamily(
+            "mcr_worker_crash_loop", "Whether the worker keeps ending: 5 times within a minute", labels=worker
         )
         lost = CounterMetricFamily(
             "mcr_ingress_lost_packets",
             "Packets lost before the worker saw them",
-            labels=["interface", "reason"],
+            labels=[*worker, "reason"],
         )
         for each in list(self._supervisor.attached.values()):
-            counts = self._supervisor.maps.worker_counts(each.slot)
             zero_copy = "on" if each.zero_copy else "off"
             info.add_metric([each.name, each.mode or "none", each.ingress or "none", zero_copy], 1)
-            up.add_metric([each.name], 0 if each.worker_pid is None else 1)
-            restarts.add_metric([each.name], each.restarts)
-            for reason in ("receive_ring_full", "fill_ring_empty", "socket_dropped"):
-                lost.add_metric([each.name, reason], getattr(counts, reason))
+            for seat in each.seats:
+                labels = [each.name, str(seat.index)]
+                counts = self._supervisor.maps.worker_counts(seat.slot)
+                up.add_metric(labels, 0 if seat.pid is None else 1)
+                restarts.add_metric(labels, seat.restarts)
+                crash_loop.add_metric(labels, int(seat.crash_loop))
+                for reason in ("receive_ring_full", "fill_ring_empty", "socket_dropped"):
+                    lost.add_metric([*labels, reason], getattr(counts, reason))
         redirect_lost = CounterMetricFamily(
             "mcr_redirect_lost_packets",
             "Kernel path: packets that an egress device did not take",
@@ -103,7 +108,7 @@ class RelayCollector(Collector):
         )
         for name, count in self._supervisor.redirect_losses().items():
             redirect_lost.add_metric([name], count)
-        return info, up, restarts, lost, redirect_lost
+        return info, up, restarts, crash_loop, lost, redirect_lost
 
 
 @contextlib.contextmanager

@@ -40,6 +40,8 @@ COALESCE_S = 0.05
 EVENT_READS = 64  # from an event socket, before other work of the loop gets its turn
 NETDEV_FAMILY, NETDEV_EVENT_GROUP = "netdev", "mgmt"
 NETDEV_CMD_DEV_GET = 1  # linux/netdev.h
+UNSEEN = -1  # no message type: of events that all tell of what the facts do not show
+ETHTOOL_FAMILY, ETHTOOL_EVENT_GROUP = "ethtool", "monitor"  # linux/ethtool_netlink.h
 
 # By address family: the flags of an address that the kernel does not send from, and of one that it sends from
 # only if there is no other, the worse the flag the greater (RFC 6724 section 5).
@@ -147,10 +149,10 @@ def read_link(name: str) -> Any:
     return answer
 
 
-def _netdev_family() -> tuple[int, int] | None:
-    """The message type and the event group of the family that tells XDP features; none before Linux 6.3."""
+def _family(name: str, event_group: str) -> tuple[int, int] | None:
+    """The message type and the event group of a generic netlink family; None if the kernel has no such."""
     request = netlink.ctrlmsg()
-    request.update(cmd=netlink.CTRL_CMD_GETFAMILY, attrs=[("CTRL_ATTR_FAMILY_NAME", NETDEV_FAMILY)])
+    request.update(cmd=netlink.CTRL_CMD_GETFAMILY, attrs=[("CTRL_ATTR_FAMILY_NAME", name)])
     try:
         (family,) = ask(netlink.NETLINK_GENERIC, request, netlink.GENL_ID_CTRL)
     except FileNotFoundError:
@@ -159,12 +161,12 @@ def _netdev_family() -> tuple[int, int] | None:
         group.get_attr("CTRL_ATTR_MCAST_GRP_NAME"): group.get_attr("CTRL_ATTR_MCAST_GRP_ID")
         for group in family.get_attr("CTRL_ATTR_MCAST_GROUPS")
     }
-    return family.get_attr("CTRL_ATTR_FAMILY_ID"), groups[NETDEV_EVENT_GROUP]
+    return family.get_attr("CTRL_ATTR_FAMILY_ID"), groups[event_group]
 
 
 def _xdp_features() -> dict[int, int]:
-    """The XDP features by interface index; empty if the kernel does not tell them."""
-    if (family := _netdev_family()) is None:
+    """The XDP features by interface index; empty if the kernel does not tell them, before Linux 6.3."""
+    if (family := _family(NETDEV_FAMILY, NETDEV_EVENT_GROUP)) is None:
         return {}
     request = _DeviceMessage()
     request["cmd"] = NETDEV_CMD_DEV_GET
@@ -236,6 +238,11 @@ def receive_queues(name: str) -> int:
     return max(1, int(link.get("num_rx_queues")))
 
 
+def is_veth(name: str) -> bool:
+    """Whether the interface is one end of a veth pair. Raises McrError if there is no such interface."""
+    return bool(read_link(name).get(("IFLA_LINKINFO", "IFLA_INFO_KIND")) == "veth")
+
+
 def xdp_program(name: str) -> XdpProgram | None:
     """The XDP program on an interface, None if there is none; of several, the one that the driver runs.
 
@@ -295,13 +302,20 @@ def _event_socket(protocol: int, groups: int) -> socket.socket:
     return events
 
 
+def _generic_event_socket(group: int) -> socket.socket:
+    events = _event_socket(netlink.NETLINK_GENERIC, 0)
+    events.setsockopt(netlink.SOL_NETLINK, netlink.NETLINK_ADD_MEMBERSHIP, group)
+    return events
+
+
 class LinkMonitor:
     """Calls on_change(facts) after interfaces of this network namespace, or what they have, have changed.
 
     An async context manager. Between two calls there are at least COALESCE_S seconds, and every change is
-    followed by a call, also one that the facts do not show: a further address, or an interface that has gone
-    and come back the same. Every call carries all the interfaces, freshly read, so an overrun of an event
-    socket (ENOBUFS) loses nothing. `facts` are those of the last call, or of the start.
+    followed by a call, also one that the facts do not show: a further address, another number of queues, or
+    an interface that has gone and come back the same. Every call carries all the interfaces, freshly read, so
+    an overrun of an event socket (ENOBUFS) loses nothing. `facts` are those of the last call, or of the
+    start.
     """
 
     def __init__(self, on_change: Callable[[dict[str, InterfaceFacts]], None]) -> None:
@@ -316,10 +330,10 @@ class LinkMonitor:
         async with contextlib.AsyncExitStack() as stack:
             events = stack.enter_context(_event_socket(netlink.NETLINK_ROUTE, EVENT_GROUPS))
             sources = [(events, rtnl.RTM_NEWLINK)]
-            if family := await asyncio.to_thread(_netdev_family):
-                events = stack.enter_context(_event_socket(netlink.NETLINK_GENERIC, 0))
-                events.setsockopt(netlink.SOL_NETLINK, netlink.NETLINK_ADD_MEMBERSHIP, family[1])
-                sources.append((events, family[0]))
+            if family := await asyncio.to_thread(_family, NETDEV_FAMILY, NETDEV_EVENT_GROUP):
+                sources.append((stack.enter_context(_generic_event_socket(family[1])), family[0]))
+            if family := await asyncio.to_thread(_family, ETHTOOL_FAMILY, ETHTOOL_EVENT_GROUP):
+                sources.append((stack.enter_context(_generic_event_socket(family[1])), UNSEEN))
             self.facts = await asyncio.to_thread(read_interfaces)
             for source in sources:
                 loop.add_reader(source[0], self._drain, *source)

@@ -7,6 +7,7 @@ what it needs to know about interfaces comes in as `InterfaceFacts`.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from ipaddress import IPv4Address, IPv6Address
 from typing import Literal, TypeAlias
@@ -311,9 +312,10 @@ def _check_limits(rules: Sequence[Rule]) -> None:
 
 
 def _check_own_input(rule: Rule) -> None:
-    own = set(_input_places(rule))
+    if _at(rule).isdisjoint(_leads_to(rule)):
+        return
     for output in rule.outputs:
-        if not own.isdisjoint(_output_places(rule, output)):
+        if not _at(rule).isdisjoint(_output_places(rule, output)):
             raise McrError(
                 f"rule {rule.name!r} sends to its own input: output {output} returns as {rule.stream}",
                 "send it to another group, port or interface",
@@ -343,6 +345,16 @@ def _input_places(rule: Rule) -> Iterator[_Place]:
     yield (*fixed, "any", "any")
 
 
+@lru_cache(MCR_MAX_RULES)
+def _at(rule: Rule) -> frozenset[_Place]:
+    return frozenset(_input_places(rule))
+
+
+@lru_cache(MCR_MAX_RULES)
+def _leads_to(rule: Rule) -> frozenset[_Place]:
+    return frozenset(place for output in rule.outputs for place in _output_places(rule, output))
+
+
 def _output_places(rule: Rule, output: Output) -> Iterator[_Place]:
     interface = output.interface if output.group else ""
     fixed = (output.address.version, int(output.address), interface, output.vlan)
@@ -370,12 +382,16 @@ def _sent_source(rule: Rule, output: Output) -> int | None:
 
 
 def _check_loops(rules: Sequence[Rule]) -> None:
+    """Most outputs lead to no input, and are left out of the graph."""
+    inputs: set[_Place] = set().union(*map(_at, rules))
     graph: TopologicalSorter[int | _Place] = TopologicalSorter()
+    reached: set[_Place] = set()
     for index, rule in enumerate(rules):
-        graph.add(index, *_input_places(rule))
-        for output in rule.outputs:
-            for place in _output_places(rule, output):
-                graph.add(place, index)
+        for place in _leads_to(rule) & inputs:
+            graph.add(place, index)
+            reached.add(place)
+    for index, rule in enumerate(rules):
+        graph.add(index, *(_at(rule) & reached))
     try:
         graph.prepare()
     except CycleError as error:

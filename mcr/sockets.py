@@ -4,11 +4,15 @@ Whatever needs privilege or addressing is set here, by the supervisor; the worke
 This module must never keep a socket: the caller passes it on and closes its own copy.
 """
 
+import contextlib
+import ctypes
 import errno
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from ipaddress import IPv4Address
+from typing import Self
 
 from mcr.errors import McrError
 from mcr.stream import Output
@@ -27,8 +31,21 @@ SO_BINDTOIFINDEX = 62
 SOL_PACKET = 263
 PACKET_AUXDATA = 8
 PACKET_VNET_HDR = 15
+PACKET_FANOUT = 18
+PACKET_FANOUT_HASH = 0
+PACKET_FANOUT_FLAG_UNIQUEID = 0x2000
 PACKET_IGNORE_OUTGOING = 23
 ETH_P_ALL = 3
+SO_ATTACH_FILTER = 26
+
+# linux/filter.h, as (code, jump if true, jump if false, operand)
+DROP_EVERYTHING = ((0x06, 0, 0, 0),)  # return 0
+DROP_OUTGOING = (
+    (0x20, 0, 0, 0xFFFFF004),  # load the packet type, SKF_AD_OFF + SKF_AD_PKTTYPE
+    (0x15, 0, 1, socket.PACKET_OUTGOING),
+    (0x06, 0, 0, 0),
+    (0x06, 0, 0, 0x40000),  # return everything
+)
 
 
 def _set_buffer(target: socket.socket, forced: int, plain: int, size: int) -> None:
@@ -70,12 +87,34 @@ def open_output(output: Output, ifindex: int) -> socket.socket:
     return udp
 
 
-def route_mtu(output: Output) -> int:
-    """The MTU, in bytes, of the route to an output that names no interface; 0 if there is no route now."""
-    family = socket.AF_INET if isinstance(output.address, IPv4Address) else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+class RouteProbe:
+    """The MTU of routes as they are now. A context manager, so that many probes share one socket."""
+
+    def __init__(self) -> None:
+        self._probes: dict[int, socket.socket] = {}
+        self._known: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for probe in self._probes.values():
+            probe.close()
+
+    def mtu(self, output: Output) -> int:
+        """The MTU, in bytes, of the route to an output that names no interface; 0 if there is no route."""
+        address = str(output.address)
+        if address not in self._known:
+            self._known[address] = self._probe(output.address.version, address)
+        return self._known[address]
+
+    def _probe(self, version: int, address: str) -> int:
+        family = socket.AF_INET if version == 4 else socket.AF_INET6
+        if family not in self._probes:
+            self._probes[family] = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        probe = self._probes[family]
         try:
-            probe.connect((str(output.address), output.port or 9))  # only looks up the route
+            probe.connect((address, 9))  # only looks up the route; any port will do
             if family == socket.AF_INET:
                 return probe.getsockopt(socket.IPPROTO_IP, IP_MTU)
             return probe.getsockopt(socket.IPPROTO_IPV6, IPV6_MTU)
@@ -109,29 +148,64 @@ def _set_ipv6(udp: socket.socket, output: Output, ifindex: int) -> None:
         udp.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, 1)
 
 
-def open_packet(interface: str, ifindex: int) -> socket.socket:
-    """The AF_PACKET socket of an ingress, bound to an interface; the host's own packets are ignored.
+def open_packets(interface: str, ifindex: int, count: int) -> list[socket.socket]:
+    """The AF_PACKET sockets of an ingress, bound to an interface: each of its packets reaches exactly one of
+    them, and always the same for one stream from one source. The host's own packets reach none.
 
-    Options as in packet(7): the auxiliary data hold the VLAN tag that the device took out of the frame, the
-    virtio header tells packets that were merged by GRO. Raises McrError.
+    Several are one fanout group (packet(7)). A socket that is bound and not in the group yet would get every
+    packet as well, so that nothing gets in before all of them are. The ROLLOVER flag is not set, because it
+    lets packets overtake each other. Raises McrError.
     """
+    with contextlib.ExitStack() as opened:
+        packets = [opened.enter_context(_open_packet(interface)) for _ in range(count)]
+        try:
+            if count > 1:
+                _join_fanout(packets, interface)
+            else:
+                packets[0].bind((interface, ETH_P_ALL))
+        except OSError as error:
+            raise McrError(
+                f"cannot receive from {interface} by AF_PACKET: {os.strerror(error.errno or 0)}",
+                f"see that it exists and is up: ip link show {interface}",
+            ) from error
+        opened.pop_all()
+    return packets
+
+
+def _open_packet(interface: str) -> socket.socket:
+    """Not bound yet. The auxiliary data hold the VLAN tag that the device took out of the frame, the virtio
+    header tells packets that were merged by GRO (packet(7))."""
     try:
         packet = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
     except PermissionError as error:
         raise McrError(
             "not permitted to open an AF_PACKET socket", "run the supervisor as root, or with CAP_NET_RAW"
         ) from error
-    try:
-        packet.setblocking(False)
-        _set_buffer(packet, SO_RCVBUFFORCE, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
-        packet.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
-        packet.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
-        packet.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
-        packet.bind((interface, ETH_P_ALL))
-    except OSError as error:
-        packet.close()
-        raise McrError(
-            f"cannot receive from {interface} by AF_PACKET: {os.strerror(error.errno or 0)}",
-            f"see that it exists and is up: ip link show {interface}",
-        ) from error
+    packet.setblocking(False)
+    _set_buffer(packet, SO_RCVBUFFORCE, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+    for option in (PACKET_AUXDATA, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING):
+        packet.setsockopt(SOL_PACKET, option, 1)
     return packet
+
+
+def _join_fanout(packets: Sequence[socket.socket], interface: str) -> None:
+    """The kernel chooses a number that no other group of the network namespace has; the others join by it.
+
+    A group does not heed PACKET_IGNORE_OUTGOING, so a filter does that.
+    """
+    group = PACKET_FANOUT_HASH << 16 | PACKET_FANOUT_FLAG_UNIQUEID << 16
+    for packet in packets:
+        _set_filter(packet, DROP_EVERYTHING)
+        packet.bind((interface, ETH_P_ALL))
+        packet.setsockopt(SOL_PACKET, PACKET_FANOUT, group)
+        group = PACKET_FANOUT_HASH << 16 | packet.getsockopt(SOL_PACKET, PACKET_FANOUT) & 0xFFFF
+    for packet in packets:
+        _set_filter(packet, DROP_OUTGOING)
+
+
+def _set_filter(packet: socket.socket, program: Sequence[tuple[int, int, int, int]]) -> None:
+    """Replaces the filter of a socket at once (struct sock_fprog, linux/filter.h)."""
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in program))
+    packet.setsockopt(
+        socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(program), ctypes.addressof(code))
+    )

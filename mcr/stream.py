@@ -9,6 +9,7 @@ an address is reachable is not its business.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Literal, TypeAlias
 
@@ -17,6 +18,7 @@ from mcr.errors import McrError
 Address: TypeAlias = IPv4Address | IPv6Address
 
 MAX_TEXT = 256
+REMEMBERED = 8192  # texts: when a file is read again, most of them have been understood before
 MAX_INTERFACE_BYTES = 15
 DEFAULT_TTL = 64
 
@@ -121,6 +123,7 @@ class _Parts:
     options: Mapping[str, str]
 
 
+@lru_cache(REMEMBERED)
 def parse_stream(text: str) -> Stream:
     """The input stream that text describes, such as `10.0.0.7@232.1.1.1%eth0:5000,vlan=100`.
 
@@ -132,6 +135,7 @@ def parse_stream(text: str) -> Stream:
         raise McrError(f"stream {_quote(text)}: {error.cause}", error.remedy) from None
 
 
+@lru_cache(REMEMBERED)
 def parse_output(text: str) -> Output:
     """The output that text describes, such as `239.2.2.2%eth1:6000,ttl=8` or `10.20.0.9:6000`.
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,15 +18,17 @@ from mcr import keep, loader
 from mcr._bpf import ffi
 from mcr.attached import AttachedInterface
 from mcr.config import Attachment, Config, load_config
-from mcr.desired import Desired, IdPool, Ids, RuleState, realise
+from mcr.desired import Desired, IdPool, Ids, Realiser, RuleState
 from mcr.errors import McrError
-from mcr.maps import MAX_INTERFACES, MAX_QUEUES, Maps, lookups_needed
+from mcr.maps import MAX_INTERFACES, MAX_QUEUES, MAX_WORKERS, Maps, lookups_needed
 from mcr.membership import MembershipWorker
 from mcr.netlink import LinkMonitor
-from mcr.rule import InterfaceFacts, Rule, check_rules, plan
+from mcr.rule import InterfaceFacts, Rule, check_rules
 from mcr.state import load_rules, save_rules, set_aside
 
 RETRY_INTERVAL_S = 5.0
+QUEUES_INTERVAL_S = 1.0
+IDS_AT_ONCE = 256  # before other work of the loop gets its turn
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +81,9 @@ class Supervisor:
         self.maps: Maps
         self._monitor = LinkMonitor(self._links_changed)
         self._ids = Ids()
-        self._slots = IdPool(MAX_INTERFACES + 1)
+        self._realiser = Realiser()
+        self._bases = IdPool(MAX_INTERFACES + 1)
+        self._slots = IdPool(MAX_WORKERS + 1)
         self._turn = asyncio.Lock()
         self._stack = contextlib.AsyncExitStack()
         self._background: set[asyncio.Task[None]] = set()
@@ -114,6 +118,7 @@ class Supervisor:
             if adopted:
                 self._drop_unwanted()
             self._in_background(self._retry(), "mcr-retry")
+            self._in_background(self._watch_queues(), "mcr-queues")
             self._stack = stack.pop_all()
         return self
 
@@ -157,7 +162,7 @@ class Supervisor:
 
         Saved rules that do not go together with the files are set aside.
         """
-        self.state = self._with_config(load_config(self.config_paths))
+        _take_config(self.state, load_config(self.config_paths))
         self._check(self.state)
         saved = self.state.copy()
         saved.runtime_rules = load_rules(self.instance)
@@ -182,66 +187,67 @@ class Supervisor:
 
     async def attach(self, attachment: Attachment) -> AttachedInterface:
         """Attaches an interface until it is detached or the supervisor ends."""
-        if attachment.interface not in self.facts:
-            raise _no_interface(attachment.interface)
-        if attachment.interface in self.state.attachments:
-            raise McrError(
-                f"{attachment.interface} is attached already", f"first: mcr detach {attachment.interface}"
-            )
-        new = self.state.copy()
-        new.runtime_attachments[attachment.interface] = attachment
-        await self._change(new)
+
+        def edit(new: DesiredState) -> None:
+            if attachment.interface not in self._monitor.facts:
+                raise _no_interface(attachment.interface)
+            if attachment.interface in new.attachments:
+                raise McrError(
+                    f"{attachment.interface} is attached already", f"first: mcr detach {attachment.interface}"
+                )
+            new.runtime_attachments[attachment.interface] = attachment
+
+        await self._change(edit)
         return self.attached[attachment.interface]
 
     async def detach(self, interface: str) -> None:
-        new = self.state.copy()
-        if interface in new.file_attachments:
-            raise McrError(
-                f"{interface} is attached by {new.file_attachments[interface].origin}",
-                "remove it there, then: mcr reload",
-            )
-        if new.runtime_attachments.pop(interface, None) is None:
-            raise McrError(f"{interface} is not attached", "see what is: mcr status")
-        await self._change(new)
+        def edit(new: DesiredState) -> None:
+            if interface in new.file_attachments:
+                raise McrError(
+                    f"{interface} is attached by {new.file_attachments[interface].origin}",
+                    "remove it there, then: mcr reload",
+                )
+            if new.runtime_attachments.pop(interface, None) is None:
+                raise McrError(f"{interface} is not attached", "see what is: mcr status")
+
+        await self._change(edit)
 
     async def add_rule(self, rule: Rule) -> RuleState:
         """Adds a rule; its name must be new, its interfaces must exist."""
-        for interface in (rule.stream.interface, *(output.interface for output in rule.outputs)):
-            if interface and interface not in self.facts:
-                raise _no_interface(interface)
-        if rule.name in self.state.rules:
-            raise McrError(f"there is a rule {rule.name!r} already", f"first: mcr rule del {rule.name}")
-        new = self.state.copy()
-        new.runtime_rules[rule.name] = rule
-        await self._change(new)
+
+        def edit(new: DesiredState) -> None:
+            for interface in (rule.stream.interface, *(output.interface for output in rule.outputs)):
+                if interface and interface not in self._monitor.facts:
+                    raise _no_interface(interface)
+            if rule.name in new.rules:
+                raise McrError(f"there is a rule {rule.name!r} already", f"first: mcr rule del {rule.name}")
+            new.runtime_rules[rule.name] = rule
+
+        await self._change(edit)
         return self.desired.rules[rule.name]
 
     async def delete_rules(self, names: Sequence[str]) -> None:
         """Deletes all of the rules, or none if one of them cannot be."""
-        new = self.state.copy()
-        for name in names:
-            if name in new.file_rules:
-                raise McrError(
-                    f"rule {name!r} comes from {new.file_rules[name].origin}",
-                    "remove it there, then: mcr reload",
-                )
-            if new.runtime_rules.pop(name, None) is None:
-                raise McrError(f"there is no rule {name!r}", "see which there are: mcr rule show")
-        await self._change(new)
+
+        def edit(new: DesiredState) -> None:
+            for name in names:
+                if name in new.file_rules:
+                    raise McrError(
+                        f"rule {name!r} comes from {new.file_rules[name].origin}",
+                        "remove it there, then: mcr reload",
+                    )
+                if new.runtime_rules.pop(name, None) is None:
+                    raise McrError(f"there is no rule {name!r}", "see which there are: mcr rule show")
+
+        await self._change(edit)
 
     async def reload(self) -> None:
         """Reads the files again and applies the difference; a wrong file changes nothing."""
         config = await asyncio.to_thread(load_config, self.config_paths)
-        await self._change(self._with_config(config))
+        await self._change(lambda new: _take_config(new, config))
         self.reloads += 1
 
     # --- desired to actual
-
-    def _with_config(self, config: Config) -> DesiredState:
-        new = self.state.copy()
-        new.file_rules = {rule.name: rule for rule in config.rules}
-        new.file_attachments = {attachment.interface: attachment for attachment in config.attachments}
-        return new
 
     def _check(self, state: DesiredState) -> None:
         for name in state.file_rules.keys() & state.runtime_rules.keys():
@@ -253,14 +259,20 @@ class Supervisor:
         check_rules(list(state.rules.values()))
         if len(state.attachments) > MAX_INTERFACES:
             raise McrError(f"more than {MAX_INTERFACES} interfaces", "share them out among several instances")
+        if sum(attachment.workers for attachment in state.attachments.values()) > MAX_WORKERS:
+            raise McrError(
+                f"more than {MAX_WORKERS} workers", "choose fewer, or share them out among several instances"
+            )
+        facts = self.facts
         for rule in state.rules.values():
-            plan(rule, self.facts)
+            self._realiser.plan(rule, facts)
 
-    async def _change(self, new: DesiredState) -> None:
-        """All of the new state, or, if something in it cannot be done, the old one again."""
-        self._check(new)
+    async def _change(self, edit: Callable[[DesiredState], None]) -> None:
+        """All of what edit makes of the state, or the old state again if something in that cannot be done."""
         async with self._turn:
-            old = self.state
+            old, new = self.state, self.state.copy()
+            edit(new)
+            await asyncio.to_thread(self._check, new)
             try:
                 await self._apply(new)
                 if _lasting(new) != _lasting(old):
@@ -275,23 +287,29 @@ class Supervisor:
         rules = list(state.rules.values())
         before = lookups_needed([each.rule.stream for each in self.desired.rules.values()])
         needed = lookups_needed([rule.stream for rule in rules])
-        self._assign_ids(rules)
+        await self._assign_ids(rules)
         await self._attach_interfaces(state, quietly)
-        self.desired = realise(rules, state.attachments, self.facts, self._ids)
+        joined = self.desired.memberships
+        self.desired = await asyncio.to_thread(
+            self._realiser.realise, rules, state.attachments, self.facts, self._ids
+        )
         self.maps.set_lookups(before | needed)
         for name, interface in self.attached.items():
             with _logging_errors(name, quietly):
                 await interface.put(self.desired.interfaces[name])
         self.maps.set_lookups(needed)
+        if self.desired.memberships == joined and self.membership.held == len(joined):
+            return
         for failure in await self.membership.set(self.desired.memberships):
             log.error("%s (%s)", failure.cause, failure.remedy)
 
-    def _assign_ids(self, rules: Sequence[Rule]) -> None:
+    async def _assign_ids(self, rules: Sequence[Rule]) -> None:
         new_rules, new_outputs = self._ids.assign(rules)
-        for rule_id in new_rules:
-            self.maps.clear_rule(rule_id)
-        for output_id in new_outputs:
-            self.maps.clear_output(output_id)
+        for clear, numbers in ((self.maps.clear_rule, new_rules), (self.maps.clear_output, new_outputs)):
+            for count, number in enumerate(numbers, 1):
+                clear(number)
+                if count % IDS_AT_ONCE == 0:
+                    await asyncio.sleep(0)
         if self.keep:
             keep.save_ids(self.instance, self._ids)
 
@@ -299,17 +317,22 @@ class Supervisor:
         for name, interface in list(self.attached.items()):
             if state.attachments.get(name) != interface.attachment:
                 await interface.stop()
-                self._slots.give(interface.slot + 1)
+                self._bases.give(interface.xsk_base // MAX_QUEUES + 1)
+                for seat in interface.seats:
+                    self._slots.give(seat.slot + 1)
                 del self.attached[name]
         for name, attachment in state.attachments.items():
             if name not in self.attached:
-                slot = self._slots.take() - 1
-                self.maps.clear_worker(slot)
-                self.attached[name] = AttachedInterface(
-                    self.instance, attachment, self.maps, slot, slot * MAX_QUEUES, self.keep
-                )
+                self.attached[name] = self._new_interface(attachment)
             with _logging_errors(name, quietly):
                 await self.attached[name].prepare(self._monitor.facts.get(name))
+
+    def _new_interface(self, attachment: Attachment) -> AttachedInterface:
+        slots = [self._slots.take() - 1 for _ in range(attachment.workers)]
+        for slot in slots:
+            self.maps.clear_worker(slot)
+        xsk_base = (self._bases.take() - 1) * MAX_QUEUES
+        return AttachedInterface(self.instance, attachment, self.maps, slots, xsk_base, self.keep)
 
     # --- by itself
 
@@ -331,6 +354,24 @@ class Supervisor:
             await asyncio.sleep(RETRY_INTERVAL_S)
             if any(each.pending and each.name in self.facts for each in self.attached.values()):
                 await self._apply_again()
+
+    async def _watch_queues(self) -> None:
+        while True:
+            await asyncio.sleep(QUEUES_INTERVAL_S)
+            for interface in list(self.attached.values()):
+                if await interface.has_other_queues():
+                    await self._apply_again()
+
+
+def _take_config(state: DesiredState, config: Config) -> None:
+    """A rule that the files still have, at the same place, stays the same object: comparing it is quick."""
+    before = state.file_rules
+    state.file_rules = {rule.name: _same(before.get(rule.name), rule) for rule in config.rules}
+    state.file_attachments = {attachment.interface: attachment for attachment in config.attachments}
+
+
+def _same(old: Rule | None, new: Rule) -> Rule:
+    return old if old is not None and old == new and old.origin == new.origin else new
 
 
 def _lasting(state: DesiredState) -> dict[str, Rule]:

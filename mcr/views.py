@@ -8,24 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 from mcr.desired import OutputState, RuleState
 from mcr.errors import McrError
+from mcr.maps import WorkerCounts
 
 if TYPE_CHECKING:
+    from mcr.attached import AttachedInterface
+    from mcr.seat import Seat
     from mcr.supervisor import Supervisor
 
 Row = dict[str, Any]
 
 
 def status(supervisor: "Supervisor") -> list[Row]:
-    """One row for each attached interface, each egress interface of the kernel path, and the joins."""
+    """One row for each attached interface and each of its workers, each egress interface of the kernel path,
+    and the joins. What the workers count is summed up in their interface's row."""
     rows: list[Row] = []
+    facts = supervisor.facts
     for interface in supervisor.attached.values():
-        counts = supervisor.maps.worker_counts(interface.slot)
-        facts = supervisor.facts.get(interface.name)
+        workers = [_worker_row(supervisor, interface, seat) for seat in interface.seats]
         rows.append(
             {
                 "object": "interface",
                 "interface": interface.name,
-                "ifindex": facts.ifindex if facts else None,
+                "ifindex": facts[interface.name].ifindex if interface.name in facts else None,
                 "state": "pending" if interface.pending else "attached",
                 "reason": interface.pending,
                 "mode": interface.mode or "none",
@@ -35,9 +39,11 @@ def status(supervisor: "Supervisor") -> list[Row]:
                 "rules": len(interface.spec.rules),
                 "worker_pid": interface.worker_pid,
                 "worker_restarts": interface.restarts,
-                **{name: getattr(counts, name) for name in counts.__slots__},
+                "workers": len(workers),
+                **{name: sum(row[name] for row in workers) for name in WorkerCounts.__slots__},
             }
         )
+        rows.extend(workers)
     for name, lost in supervisor.redirect_losses().items():
         rows.append({"object": "egress", "interface": name, "redirect_lost": lost})
     membership = supervisor.membership
@@ -53,6 +59,30 @@ def status(supervisor: "Supervisor") -> list[Row]:
         }
     )
     return rows
+
+
+def _worker_row(supervisor: "Supervisor", interface: "AttachedInterface", seat: "Seat") -> Row:
+    counts = supervisor.maps.worker_counts(seat.slot)
+    return {
+        "object": "worker",
+        "interface": interface.name,
+        "worker": seat.index,
+        "pid": seat.pid,
+        "state": "pending" if seat.pending else "running",
+        "reason": seat.pending,
+        "restarts": seat.restarts,
+        "crash_loop": seat.crash_loop,
+        "queues": _listed(seat.queues) if interface.ingress == "xsk" else "",
+        "cpus": ",".join(map(str, seat.setup.cpus)) if seat.setup else "",
+        **{name: getattr(counts, name) for name in counts.__slots__},
+    }
+
+
+def _listed(numbers: range) -> str:
+    """`0-2`, `3`, or empty."""
+    if len(numbers) < 2:
+        return "".join(map(str, numbers))
+    return f"{numbers[0]}-{numbers[-1]}"
 
 
 def rules(supervisor: "Supervisor", name: str | None = None) -> list[Row]:

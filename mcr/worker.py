@@ -1,7 +1,7 @@
 """One life of one worker process: start it, command it, read its last words, end it.
 
 The command socket exists before the process does, so that a start cannot deadlock. This module must never
-decide what a worker shall do nor whether it lives again; `attached.py` does.
+decide what a worker shall do nor whether it lives again; `seat.py` does.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from mcr import __version__
 from mcr._bpf import ffi, lib
 from mcr.desired import OutputSpec, RuleSpec, WorkerSetup, output_flags
 from mcr.errors import McrError
@@ -23,6 +24,7 @@ from mcr.maps import MAX_QUEUES, address_bytes
 REPLY_TIMEOUT_S = 3.0
 SETUP_TIMEOUT_S = 10.0
 SHUTDOWN_TIMEOUT_S = 1.5
+HELLO = f"mcr {__version__} ABI {lib.MCR_ABI_VERSION}"  # the first message of a worker of the same version
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,13 @@ def _set_up_error(code: int, cause: str) -> McrError:
     return McrError(cause, remedies.get(code, "see docs/KERNEL-SUPPORT.md"))
 
 
+def _close_descriptors_of(answer: "asyncio.Future[tuple[Any, list[int]]]") -> None:
+    """Those of a reply that came, but that nobody waits for any more."""
+    if answer.done() and not answer.cancelled() and answer.exception() is None:
+        for fd in answer.result()[1]:
+            os.close(fd)
+
+
 class WorkerProcess:
     """A running worker. Commands may be issued side by side; they are carried out in order."""
 
@@ -56,12 +65,13 @@ class WorkerProcess:
         self._waiting: dict[int, asyncio.Future[tuple[Any, list[int]]]] = {}
         self._turn = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
+        self._hello: asyncio.Future[str] = self._loop.create_future()
         self._loop.add_reader(command_socket, self._read_replies)
         self._stderr = asyncio.create_task(self._log_stderr(), name=f"mcr-stderr-{name}")
 
     @classmethod
-    async def spawn(cls, name: str) -> "WorkerProcess":
-        """Starts the process; it waits for its set-up. Raises McrError."""
+    async def spawn(cls, name: str, cpu: int | None = None) -> "WorkerProcess":
+        """Starts the process, on one CPU if one is given; it waits for its set-up. Raises McrError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         try:
@@ -81,6 +91,12 @@ class WorkerProcess:
             raise McrError(
                 f"cannot start a worker: {error.strerror}", "free memory or processes (ulimit -u)"
             ) from error
+        except BaseException:
+            ours.close()
+            raise
+        if cpu is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(process.pid, {cpu})  # before it is another user's, and allocates
         return cls(name, process, ours)
 
     @property
@@ -88,12 +104,13 @@ class WorkerProcess:
         return self.process.pid
 
     async def set_up(self, setup: WorkerSetup, fds: Sequence[int]) -> tuple[list[int], bool]:
-        """Sends the first command. Returns the AF_XDP sockets, the caller's to close, and whether they are
-        zero-copy.
+        """Sends the first command, once the worker has said hello. Returns the AF_XDP sockets, the caller's
+        to close, and whether they are zero-copy.
 
         fds: the counter maps (`Maps.counter_fds`), and the AF_PACKET socket of a packet ingress. Raises
-        McrError when the worker cannot do it, WorkerGoneError when it died.
+        McrError when the worker cannot do it or is of another version, WorkerGoneError when it died.
         """
+        await self._greet()
         command = ffi.new("struct mcr_command *", {"type": lib.MCR_SETUP})
         body = command.setup
         body.abi_version = lib.MCR_ABI_VERSION
@@ -119,6 +136,18 @@ class WorkerProcess:
                 os.close(fd)
             raise _set_up_error(-reply.status, ffi.string(reply.message).decode(errors="replace"))
         return sockets, bool(reply.zero_copy)
+
+    async def _greet(self) -> None:
+        """A worker of another version would read other structs: the files were replaced since we started."""
+        try:
+            async with asyncio.timeout(SETUP_TIMEOUT_S):
+                hello = await self._hello
+        except TimeoutError as error:
+            raise WorkerGoneError(f"no hello for {SETUP_TIMEOUT_S:g} s") from error
+        if not hello:
+            raise WorkerGoneError("it ended before it said hello")
+        if hello != HELLO:
+            raise McrError(f"the worker is {hello}, but the supervisor is {HELLO}", "restart the supervisor")
 
     async def add_output(self, spec: OutputSpec, udp: socket.socket) -> None:
         """Adds or replaces an output. The worker gets a copy of the socket."""
@@ -200,6 +229,9 @@ class WorkerProcess:
             raise WorkerGoneError(f"no answer for {timeout_s:g} s") from error
         except OSError as error:
             raise WorkerGoneError(f"its command socket broke: {error.strerror}") from error
+        except asyncio.CancelledError:
+            _close_descriptors_of(answer)
+            raise
         finally:
             self._waiting.pop(sequence, None)
 
@@ -220,6 +252,9 @@ class WorkerProcess:
                 return
             except OSError:
                 data, fds = b"", []
+            if data and not self._hello.done():
+                self._hello.set_result(data.decode(errors="replace"))
+                continue
             if len(data) != ffi.sizeof("struct mcr_reply"):
                 self._hang_up()
                 return
@@ -239,6 +274,8 @@ class WorkerProcess:
         for answer in self._waiting.values():
             if not answer.done():
                 answer.set_exception(WorkerGoneError("it ended"))
+        if not self._hello.done():
+            self._hello.set_result("")
 
     async def _log_stderr(self) -> None:
         assert self.process.stderr is not None

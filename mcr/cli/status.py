@@ -15,6 +15,7 @@ COLUMNS = (
     "worker_pid",
     "worker_restarts",
 )
+WORKER_COLUMNS = ("interface", "worker", "pid", "state", "queues", "cpus", "restarts")
 
 
 @click.command(name="status")
@@ -31,6 +32,12 @@ def command(settings: Settings, as_json: bool) -> None:
         print_table(interfaces, COLUMNS)
     else:
         print("no interface is attached (mcr attach IFACE)")
+    workers = [row for row in rows if row["object"] == "worker"]
+    if len(workers) > len(interfaces):
+        print_table(workers, WORKER_COLUMNS)
+    for row in workers:
+        if row["crash_loop"]:
+            print(f"{row['interface']}: crash loop of worker {row['worker']}")
     for row in interfaces:
         if row["reason"]:
             print(f"{row['interface']}: {row['reason']}")

@@ -186,6 +186,7 @@ static int dispatch(struct worker *worker, const int *fds, uint32_t fd_count)
 	case MCR_DEL_RULE:
 		return delete_rule(worker);
 	case MCR_PING:
+		worker->started = true;
 		worker->ingress->count(worker);
 		return commands_reply(worker, 0, NULL, 0, 0);
 	case MCR_SHUTDOWN:

@@ -146,6 +146,7 @@ struct worker {
 	struct mcr_setup setup;
 	int command_fd;
 	bool stopping;
+	bool started;	    /* the first PING has come: every rule is known */
 	bool command_ready; /* handled between batches: a batch must see one set of rules */
 	int command_result;
 

@@ -81,13 +81,16 @@ static int packet_give(struct worker *worker, const uint32_t *frames, uint32_t c
 	return 0;
 }
 
-/* A multishot receive ends when the frames run out or the link goes down; this starts the next. */
+/*
+ * A multishot receive ends when the frames run out or the link goes down; this starts the next. Before the
+ * first PING, packets wait in the socket: they may belong to rules that are still to come.
+ */
 static int packet_arm(struct worker *worker)
 {
 	struct packet_state *state = worker->packet;
 	struct io_uring_sqe *sqe;
 
-	if (state->armed)
+	if (state->armed || !worker->started)
 		return 0;
 	sqe = worker_sqe(worker);
 	if (!sqe)

@@ -7,11 +7,14 @@ import time
 
 import pytest
 
+from mcr.control import ControlClient
+from mcr.maps import Maps
 from tests.netns.flows import (
     GROUP_HEARD,
     GROUP_IN,
     GROUP_OUT,
     GROUP_SENT,
+    Report,
     assert_whole,
     config,
     dropped,
@@ -92,6 +95,74 @@ def test_killed_worker_is_replaced_within_a_second_with_its_rules(lab: Lab) -> N
     assert set(dropped(rule)) <= {"no_worker"}
     assert heard["packets"] == output["sent_packets"]
     assert (heard["duplicates"], heard["corrupt"]) == (0, 0)
+
+
+@pytest.mark.soak
+def test_twenty_four_killed_workers_cost_only_the_time_without_one(lab: Lab) -> None:
+    topology = lab.topology_relay()
+    lab.supervisor(topology.relay, config=config(("cam", GROUP_IN, [GROUP_OUT]), path="worker"))
+    client = ControlClient(lab.runtime_directory / f"{topology.relay.name}.sock")
+    sink = listen(lab, topology.dst, GROUP_HEARD, "--idle", "15", "--timeout", "600")
+    source = spawn_send(lab, topology.src, GROUP_SENT, "--rate", "50000", "--count", "100000000")
+
+    def relayed() -> int:
+        return int(client.call("stats")[0]["relayed_packets"])
+
+    def state() -> Report:
+        return next(row for row in client.call("status") if row["object"] == "interface")
+
+    before, waited_s = 0, 0.0
+    for kill in range(1, 25):
+        wait_until(lambda: relayed() > before + 5000, "relaying", timeout_s=20)  # noqa: B023
+        worker = state()["worker_pid"]
+        os.kill(worker, signal.SIGKILL)
+        killed_s = time.monotonic()
+        wait_until(lambda: state()["worker_pid"] != worker, "its end")  # noqa: B023
+        wait_until(lambda: not state()["reason"], "the next one", timeout_s=20)
+        waited_s += time.monotonic() - killed_s
+        before = relayed()
+        assert state()["worker_restarts"] == kill
+    wait_until(lambda: relayed() > before + 5000, "relaying", timeout_s=20)
+    source.child.send_signal(signal.SIGINT)
+    sent, heard = report(source), report(sink, timeout_s=60)
+    rule, output = stats(lab, topology.relay)
+    assert rule["received_packets"] == sent["packets"]
+    in_their_hands = rule["received_packets"] - rule["relayed_packets"] - sum(dropped(rule).values())
+    assert 0 <= in_their_hands <= 24 * 8192
+    assert dropped(rule)["no_worker"] <= 50_000 * waited_s * 1.2
+    assert (heard["packets"], heard["duplicates"], heard["corrupt"]) == (output["sent_packets"], 0, 0)
+
+
+@pytest.mark.parametrize("ingress", ["xsk", "packet"])
+def test_the_end_at_full_load_takes_two_seconds_at_most_and_accounts_for_every_packet(
+    lab: Lab, ingress: str
+) -> None:
+    topology = lab.topology_relay()
+    attach = f'ingress = "{ingress}"'
+    text = config(("cam", GROUP_IN, [GROUP_OUT]), attach=attach, path="worker")
+    supervisor = lab.supervisor(topology.relay, config=text)
+    client = ControlClient(lab.runtime_directory / f"{topology.relay.name}.sock")
+    sink = listen(lab, topology.dst, GROUP_HEARD, "--idle", "3")
+    source = spawn_send(lab, topology.src, GROUP_SENT, "--rate", "1000000", "--count", "100000000")
+    wait_until(lambda: client.call("stats")[0]["relayed_packets"] > 50_000, "traffic")
+    with Maps(topology.relay.name) as maps:  # what is held open outlives the supervisor
+        (row,) = client.call("rule.show")
+        began_s = time.monotonic()
+        assert supervisor.terminate(10) == 0
+        assert time.monotonic() - began_s < 2
+        rule, output = maps.rule_counts(row["rule_id"]), maps.output_counts(row["output_id"])
+        worker = maps.worker_counts(0)
+    source.child.kill()
+    heard = report(sink)
+    lost_before = worker.receive_ring_full + worker.fill_ring_empty
+    if not rule.dropped["receive_ring_full"] and ingress == "xsk":
+        assert rule.received_packets == rule.relayed_packets + sum(rule.dropped.values()) + lost_before
+    else:
+        assert rule.received_packets == rule.relayed_packets + sum(rule.dropped.values())
+    assert rule.relayed_packets == output.sent_packets + sum(output.dropped.values())
+    assert heard["packets"] + heard["socket_dropped"] == output.sent_packets
+    assert (worker.frames_in_flight, worker.frames_receive) == (0, 0)
+    assert lab.leftovers(topology.relay) == []
 
 
 def test_silent_worker_is_killed_and_replaced(lab: Lab) -> None:

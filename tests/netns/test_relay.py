@@ -316,7 +316,7 @@ def test_metrics_tell_the_exact_counts(lab: Lab) -> None:
         'mcr_rule_dropped_packets_total{reason="fragment",rule="cam"} 0.0',
         f'mcr_output_sent_packets_total{{output="{GROUP_OUT}",rule="cam"}} 5000.0',
         f'mcr_output_dropped_packets_total{{output="{GROUP_OUT}",reason="socket_full",rule="cam"}} 0.0',
-        'mcr_worker_restarts_total{interface="in0"} 0.0',
+        'mcr_worker_restarts_total{interface="in0",worker="0"} 0.0',
         'mcr_interface_info{ingress="xsk",interface="in0",mode="native",zero_copy="off"} 1.0',
     ):
         assert line in scrape, scrape

@@ -1,5 +1,6 @@
 """From rules and interfaces to what has to be where: specs of both paths, what is pending, and ids."""
 
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -16,6 +17,7 @@ from mcr.desired import (
     KernelOutputSpec,
     OutputSpec,
     OutputState,
+    Realiser,
     RuleSpec,
     frame_limit,
     frame_size,
@@ -23,6 +25,8 @@ from mcr.desired import (
     longest_frame,
     output_flags,
     realise,
+    share_cpus,
+    share_queues,
 )
 from mcr.maps import rule_key
 from mcr.membership import Membership
@@ -281,3 +285,60 @@ def test_the_id_that_was_freed_the_longest_ago_is_given_out_first() -> None:
     pool.give(2)
     pool.give(1)
     assert [pool.take(), pool.take(), pool.take()] == [3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("queues", "workers", "shares"),
+    [
+        (1, 1, [[0]]),
+        (4, 2, [[0, 1], [2, 3]]),
+        (5, 2, [[0, 1], [2, 3, 4]]),
+        (7, 3, [[0, 1], [2, 3], [4, 5, 6]]),
+        (2, 3, [[0], [1]]),
+    ],
+)
+def test_queues_are_shared_out_in_ranges_as_even_as_possible(
+    queues: int, workers: int, shares: list[list[int]]
+) -> None:
+    assert [list(share) for share in share_queues(queues, workers)] == shares
+
+
+def test_every_queue_has_one_worker_whatever_their_numbers() -> None:
+    for queues in range(1, 65):
+        for workers in range(1, 65):
+            shares = share_queues(queues, workers)
+            assert [queue for share in shares for queue in share] == list(range(queues))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_cpus_are_taken_in_turn_across_all_threads() -> None:
+    assert share_cpus((), 2, 2) == [(), ()]
+    assert share_cpus((3,), 2, 2) == [(3, 3), (3, 3)]
+    assert share_cpus((4, 0, 1), 2, 2) == [(4, 0), (1, 4)]
+
+
+def test_a_realiser_remembers_but_never_what_is_no_longer_so() -> None:
+    chance = random.Random(7)
+    realiser, ids = Realiser(), Ids()
+    texts = ["239.2.0.1%out0:6000", "239.2.0.2%out1:6000", "10.2.0.2:7000", "239.2.0.3%out9:1"]
+    for _ in range(300):
+        chosen = chance.sample(range(12), 8)
+        rules = [
+            make(f"r{n}", f"239.1.1.{n}%in{chance.choice('00001')}:5000", *chance.sample(texts, 2))
+            for n in chosen
+        ]
+        interfaces = dict(INTERFACES)
+        if chance.random() < 0.3:
+            interfaces["out0"] = replace(interfaces["out0"], up=False)
+        if chance.random() < 0.2:
+            del interfaces["in0"]
+        attached = ATTACHED if chance.random() < 0.8 else {}
+        ids.assign(rules)
+        if chance.random() < 0.2:
+            continue  # as when something fails between the two
+        remembered = realiser.realise(rules, attached, interfaces, ids)
+        assert remembered == realise(rules, attached, interfaces, ids)
+        again = realiser.realise(rules, attached, interfaces, ids)
+        for name, interface in again.interfaces.items():
+            for rule_id, spec in interface.rules.items():
+                assert spec is remembered.interfaces[name].rules[rule_id]
