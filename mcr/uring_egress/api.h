@@ -15,6 +15,9 @@ int mcr_worker_run(int command_fd, char *message, size_t message_size);
 int mcr_core_parse(uint8_t *frame, uint32_t captured, uint32_t length, uint16_t tag,
 		   struct mcr_packet *parsed);
 
+/* For the tests: the bucket of struct mcr_latency that counts this time. */
+uint32_t mcr_core_latency_bucket(uint64_t time_ns);
+
 /* For the tests: the confinement of a worker, on the calling process. Returns 0 or -errno. */
 int mcr_core_confine(void);
 

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mcr.uring_egress._core import lib
 
 from mcr.latency import BUCKETS, UPPER_BOUNDS_NS, Latency, lower_bound_ns
 
@@ -29,6 +30,12 @@ def test_no_bucket_is_wider_than_an_eighth_of_where_it_begins() -> None:
     for bucket in range(1, BUCKETS):
         width = lower_bound_ns(bucket + 1) - lower_bound_ns(bucket)
         assert 0 < width <= lower_bound_ns(bucket) / 8
+
+
+def test_the_worker_counts_a_time_in_the_bucket_whose_bounds_hold_it() -> None:
+    edges = {time_ns + off for time_ns in UPPER_BOUNDS_NS for off in (-1, 0, 1)} | {0, 1 << 32, (1 << 64) - 1}
+    for time_ns in edges:
+        assert lib.mcr_core_latency_bucket(time_ns) == bucket_of(time_ns)
 
 
 def test_a_bucket_that_is_none_is_refused() -> None:
