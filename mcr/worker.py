@@ -23,6 +23,7 @@ from mcr.maps import MAX_QUEUES, address_bytes
 REPLY_TIMEOUT_S = 3.0
 SETUP_TIMEOUT_S = 10.0
 SHUTDOWN_TIMEOUT_S = 1.5
+COMMAND = (sys.executable, "-m", "mcr.uring_egress")
 
 log = logging.getLogger(__name__)
 
@@ -60,16 +61,15 @@ class WorkerProcess:
         self._stderr = asyncio.create_task(self._log_stderr(), name=f"mcr-stderr-{name}")
 
     @classmethod
-    async def spawn(cls, name: str) -> "WorkerProcess":
-        """Starts the process; it waits for its set-up. Raises McrError."""
+    async def spawn(cls, name: str, command: Sequence[str] = COMMAND) -> "WorkerProcess":
+        """Starts the process; it waits for its set-up. command: what takes its socket's number. Raises
+        McrError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         try:
             with theirs:
                 process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-m",
-                    "mcr.uring_egress",
+                    *command,
                     str(theirs.fileno()),
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.DEVNULL,

@@ -3,6 +3,9 @@
 #ifndef MCR_API_H
 #define MCR_API_H
 
+#include <stddef.h>
+#include <stdint.h>
+
 #include "relay_parse.h"
 
 /*
