@@ -1,4 +1,4 @@
-"""Egress threads: the same exact delivery as without, full pipes accounted for, no output held up by another."""
+"""Egress threads: the exact delivery of one thread, full pipes accounted for, no output held up by another."""
 
 import asyncio
 import os
