@@ -25,6 +25,7 @@ REPLY_TIMEOUT_S = 3.0
 SETUP_TIMEOUT_S = 10.0
 SHUTDOWN_TIMEOUT_S = 1.5
 HELLO = f"mcr {__version__} ABI {lib.MCR_ABI_VERSION}"  # the first message of a worker of the same version
+COMMAND = (sys.executable, "-m", "mcr.uring_egress")
 
 log = logging.getLogger(__name__)
 
@@ -70,16 +71,19 @@ class WorkerProcess:
         self._stderr = asyncio.create_task(self._log_stderr(), name=f"mcr-stderr-{name}")
 
     @classmethod
-    async def spawn(cls, name: str, cpu: int | None = None) -> "WorkerProcess":
-        """Starts the process, on one CPU if one is given; it waits for its set-up. Raises McrError."""
+    async def spawn(
+        cls, name: str, cpu: int | None = None, command: Sequence[str] = COMMAND
+    ) -> "WorkerProcess":
+        """Starts the process, on one CPU if one is given; it waits for its set-up. Raises McrError.
+
+        command: what takes its socket's number.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         try:
             with theirs:
                 process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-m",
-                    "mcr.uring_egress",
+                    *command,
                     str(theirs.fileno()),
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.DEVNULL,

@@ -3,6 +3,9 @@
 #ifndef MCR_API_H
 #define MCR_API_H
 
+#include <stddef.h>
+#include <stdint.h>
+
 #include "relay_parse.h"
 
 /*
@@ -14,6 +17,9 @@ int mcr_worker_run(int command_fd, char *message, size_t message_size);
 /* For the tests: what the AF_PACKET ingress would find in a frame, as mcr_parse. */
 int mcr_core_parse(uint8_t *frame, uint32_t captured, uint32_t length, uint16_t tag,
 		   struct mcr_packet *parsed);
+
+/* For the tests: the bucket of struct mcr_latency that counts this time. */
+uint32_t mcr_core_latency_bucket(uint64_t time_ns);
 
 /* For the tests: the confinement of a worker, on the calling process. Returns 0 or -errno. */
 int mcr_core_confine(void);

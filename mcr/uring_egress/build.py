@@ -15,12 +15,16 @@ from mcr.abi import BPF_DIR, abi_cdef, without_preprocessor  # noqa: E402
 
 SOURCES = (
     "worker",
+    "reactor",
     "setup",
     "confine",
     "frames",
     "rules",
     "commands",
     "egress",
+    "latency",
+    "pipes",
+    "threads",
     "ingress_xsk",
     "ingress_packet",
 )
@@ -60,6 +64,7 @@ ffibuilder.set_source(
         str(BPF_DIR / "relay_abi.h"),
         str(BPF_DIR / "relay_parse.h"),
         str(HERE / "core.h"),
+        str(HERE / "threads.h"),
         str(HERE / "api.h"),
     ],
 )

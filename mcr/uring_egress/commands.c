@@ -1,21 +1,24 @@
 // SPDX-License-Identifier: MIT
 /*
  * The supervisor's commands: fixed-size structs over a SOCK_SEQPACKET pair, sockets by SCM_RIGHTS, read by
- * the worker's one io_uring, acknowledged one by one. A command that contradicts itself is refused with
+ * the ingress thread's io_uring, acknowledged one by one. A command that contradicts itself is refused with
  * -EINVAL and changes nothing; a broken socket ends the worker.
+ *
+ * With egress threads a command goes to all of them, behind the packets that came before it, and packets go on
+ * meanwhile. It is acknowledged, and the next one is read, when every thread has acknowledged it.
  */
 #include <errno.h>
 #include <string.h>
 #include <unistd.h>
 
-#include "core.h"
+#include "threads.h"
 
 int commands_arm(struct worker *worker)
 {
-	struct io_uring_sqe *sqe = worker_sqe(worker);
+	struct io_uring_sqe *sqe = reactor_sqe(&worker->reactor);
 
 	if (!sqe)
-		return worker_fail(worker, ENOSPC, "the submission queue is full");
+		return -ENOSPC;
 	worker->command_vector = (struct iovec){&worker->command, sizeof(worker->command)};
 	worker->command_message = (struct msghdr){
 		.msg_iov = &worker->command_vector,
@@ -24,12 +27,12 @@ int commands_arm(struct worker *worker)
 		.msg_controllen = sizeof(worker->command_control),
 	};
 	io_uring_prep_recvmsg(sqe, worker->command_fd, &worker->command_message, MSG_CMSG_CLOEXEC);
-	worker_tag(sqe, COMPLETION_COMMAND, 0);
+	reactor_tag(sqe, COMPLETION_COMMAND, 0);
 	return 0;
 }
 
-/* The descriptors that came with the last command. They are the worker's to close. */
-static uint32_t received_fds(struct worker *worker, int fds[COMMAND_FDS])
+/* Takes the descriptors that came with the command. They are the worker's to close. */
+static void receive_fds(struct worker *worker)
 {
 	struct msghdr *message = &worker->command_message;
 	uint32_t count = 0;
@@ -40,15 +43,9 @@ static uint32_t received_fds(struct worker *worker, int fds[COMMAND_FDS])
 		count = (cmsg->cmsg_len - CMSG_LEN(0)) / sizeof(int);
 		if (count > COMMAND_FDS)
 			count = COMMAND_FDS;
-		memcpy(fds, CMSG_DATA(cmsg), count * sizeof(int));
+		memcpy(worker->command_fds, CMSG_DATA(cmsg), count * sizeof(int));
 	}
-	return count;
-}
-
-static void close_fds(const int *fds, uint32_t count)
-{
-	for (uint32_t i = 0; i < count; i++)
-		close(fds[i]);
+	worker->command_fd_count = count;
 }
 
 int commands_reply(struct worker *worker, int status, const int *fds, uint32_t fd_count, uint32_t zero_copy)
@@ -64,7 +61,7 @@ int commands_reply(struct worker *worker, int status, const int *fds, uint32_t f
 	struct msghdr message = {.msg_iov = &vector, .msg_iovlen = 1};
 
 	if (status)
-		memcpy(reply.message, worker->message, sizeof(reply.message) - 1);
+		memcpy(reply.message, worker->reactor.message, sizeof(reply.message) - 1);
 	if (fd_count) {
 		struct cmsghdr *cmsg = (struct cmsghdr *)control;
 
@@ -82,103 +79,92 @@ int commands_reply(struct worker *worker, int status, const int *fds, uint32_t f
 
 static int refuse(struct worker *worker, const char *cause)
 {
-	worker_fail(worker, EINVAL, "%s", cause);
-	return commands_reply(worker, -EINVAL, NULL, 0, 0);
+	return worker_fail(worker, EINVAL, "%s", cause);
 }
 
-static void set_destination(struct output *output, const struct mcr_add_output *add)
+/* Carries out a command that has been checked, here or in every egress thread. */
+static int apply(struct worker *worker, int fd)
 {
-	memset(&output->destination, 0, sizeof(output->destination));
-	if (add->family == AF_INET) {
-		output->destination.ipv4.sin_family = AF_INET;
-		output->destination.ipv4.sin_port = htons(add->dport);
-		memcpy(&output->destination.ipv4.sin_addr, add->daddr + 12, 4);
-		output->destination_length = sizeof(output->destination.ipv4);
-		return;
-	}
-	output->destination.ipv6.sin6_family = AF_INET6;
-	output->destination.ipv6.sin6_port = htons(add->dport);
-	output->destination.ipv6.sin6_scope_id = add->scope_id;
-	memcpy(&output->destination.ipv6.sin6_addr, add->daddr, 16);
-	output->destination_length = sizeof(output->destination.ipv6);
+	if (!worker->pipes)
+		return egress_apply(&worker->egress, &worker->command, fd);
+	tables_apply(&worker->tables, &worker->command);
+	return pipes_command(worker, fd);
 }
 
-static int add_output(struct worker *worker, const int *fds, uint32_t fd_count)
+static int add_output(struct worker *worker)
 {
 	const struct mcr_add_output *add = &worker->command.output;
-	struct output *output;
 	int status;
 
 	if (add->output_id == 0 || add->output_id >= MCR_MAX_OUTPUTS)
 		return refuse(worker, "output_id out of range");
 	if (add->family != AF_INET && add->family != AF_INET6)
 		return refuse(worker, "an output is IPv4 or IPv6");
-	if (fd_count != 1)
+	if (worker->command_fd_count != 1)
 		return refuse(worker, "an output comes with one socket");
-	status = io_uring_register_files_update(&worker->uring, add->output_id, fds, 1);
-	if (status < 0) {
+	status = apply(worker, worker->command_fds[0]);
+	if (status)
 		worker_fail(worker, -status, "cannot register the socket of output %u: %s", add->output_id,
 			    strerror(-status));
-		return commands_reply(worker, status, NULL, 0, 0);
-	}
-	output = &worker->outputs[add->output_id];
-	set_destination(output, add);
-	output->flags = add->flags;
-	output->gso_limit = add->gso_limit;
-	output->known = true;
-	return commands_reply(worker, 0, NULL, 0, 0);
+	return status;
 }
 
 static int delete_output(struct worker *worker)
 {
 	uint32_t output_id = worker->command.id;
-	int nothing = -1;
 
 	if (output_id == 0 || output_id >= MCR_MAX_OUTPUTS)
 		return refuse(worker, "output_id out of range");
 	for (uint32_t id = 1; id < MCR_MAX_RULES; id++) {
-		const struct rule *rule = &worker->rules[id];
+		const struct rule *rule = &worker->tables.rules[id];
 
 		for (uint32_t i = 0; rule->known && i < rule->output_count; i++)
 			if (rule->output_ids[i] == output_id)
 				return refuse(worker, "a rule still uses the output");
 	}
-	if (worker->outputs[output_id].known)
-		io_uring_register_files_update(&worker->uring, output_id, &nothing, 1);
-	worker->outputs[output_id].known = false;
-	return commands_reply(worker, 0, NULL, 0, 0);
+	return apply(worker, -1);
 }
 
 static int set_rule(struct worker *worker)
 {
 	const struct mcr_set_rule *set = &worker->command.rule;
+	const struct rule *rule;
+	bool moved;
+	int status;
 
 	if (set->rule_id == 0 || set->rule_id >= MCR_MAX_RULES)
 		return refuse(worker, "rule_id out of range");
 	if (set->output_count > MCR_MAX_OUTPUTS_PER_RULE)
 		return refuse(worker, "too many outputs");
 	for (uint32_t i = 0; i < set->output_count; i++)
-		if (set->output_ids[i] >= MCR_MAX_OUTPUTS || !worker->outputs[set->output_ids[i]].known)
+		if (set->output_ids[i] >= MCR_MAX_OUTPUTS ||
+		    !worker->tables.outputs[set->output_ids[i]].known)
 			return refuse(worker, "the rule names an unknown output");
-	rules_put(worker, set);
-	return commands_reply(worker, 0, NULL, 0, 0);
+	rule = &worker->tables.rules[set->rule_id];
+	moved = rule->known && memcmp(&rule->key, &set->key, sizeof(set->key)) != 0;
+	status = apply(worker, -1);
+	rules_index(worker, moved ? 0 : set->rule_id);
+	return status;
 }
 
 static int delete_rule(struct worker *worker)
 {
 	uint32_t rule_id = worker->command.id;
+	int status;
 
 	if (rule_id == 0 || rule_id >= MCR_MAX_RULES)
 		return refuse(worker, "rule_id out of range");
-	rules_remove(worker, rule_id);
-	return commands_reply(worker, 0, NULL, 0, 0);
+	status = apply(worker, -1);
+	rules_index(worker, 0);
+	return status;
 }
 
-static int dispatch(struct worker *worker, const int *fds, uint32_t fd_count)
+/* Returns what is to be replied, or is of no account because threads are to acknowledge it first. */
+static int dispatch(struct worker *worker)
 {
 	switch (worker->command.type) {
 	case MCR_ADD_OUTPUT:
-		return add_output(worker, fds, fd_count);
+		return add_output(worker);
 	case MCR_DEL_OUTPUT:
 		return delete_output(worker);
 	case MCR_SET_RULE:
@@ -187,8 +173,7 @@ static int dispatch(struct worker *worker, const int *fds, uint32_t fd_count)
 		return delete_rule(worker);
 	case MCR_PING:
 		worker->started = true;
-		worker->ingress->count(worker);
-		return commands_reply(worker, 0, NULL, 0, 0);
+		return apply(worker, -1); /* every thread gives a sign of life */
 	case MCR_SHUTDOWN:
 		worker->stopping = true; /* acknowledged when drained */
 		return 0;
@@ -197,10 +182,21 @@ static int dispatch(struct worker *worker, const int *fds, uint32_t fd_count)
 	}
 }
 
-int commands_complete(struct worker *worker, int result)
+static int finish(struct worker *worker, int status)
 {
-	int fds[COMMAND_FDS], status;
-	uint32_t fd_count;
+	for (uint32_t i = 0; i < worker->command_fd_count; i++)
+		close(worker->command_fds[i]);
+	worker->command_fd_count = 0;
+	if (worker->command.type == MCR_PING)
+		worker->ingress->count(worker);
+	status = commands_reply(worker, status, NULL, 0, 0);
+	return status ? status : commands_arm(worker);
+}
+
+/* A command has arrived: result is that of the receive. */
+int commands_handle(struct worker *worker, int result)
+{
+	int status;
 
 	if (result == -EINTR || result == -EAGAIN)
 		return commands_arm(worker);
@@ -208,22 +204,37 @@ int commands_complete(struct worker *worker, int result)
 		return worker_fail(worker, EPIPE, "the supervisor is gone");
 	if (result < 0)
 		return worker_fail(worker, -result, "cannot read commands: %s", strerror(-result));
-	fd_count = received_fds(worker, fds);
-	if (result != sizeof(worker->command))
-		status = refuse(worker, "a command of the wrong size");
+	receive_fds(worker);
+	worker->command_status = 0;
+	if (result == sizeof(worker->command))
+		status = dispatch(worker);
 	else
-		status = dispatch(worker, fds, fd_count);
-	close_fds(fds, fd_count);
-	if (status || worker->stopping)
-		return status;
-	return commands_arm(worker);
+		status = refuse(worker, "a command of the wrong size");
+	if (worker->stopping || worker->acks_awaited)
+		return 0;
+	return finish(worker, status);
+}
+
+/* An egress thread has carried out the command, or could not. */
+int commands_acknowledge(struct worker *worker, int status)
+{
+	if (!worker->acks_awaited)
+		return worker_fail(worker, EPROTO, "an egress thread acknowledged what it was not told");
+	if (status) {
+		worker->command_status = status;
+		worker_fail(worker, -status, "an egress thread cannot register the socket: %s",
+			    strerror(-status));
+	}
+	if (--worker->acks_awaited)
+		return 0;
+	return finish(worker, worker->command_status);
 }
 
 /* The first command, before there is an io_uring to read it with. */
 int commands_receive_setup(struct worker *worker)
 {
-	int fds[COMMAND_FDS], sockets[MCR_MAX_QUEUES], status;
-	uint32_t fd_count, socket_count = 0;
+	int sockets[MCR_MAX_QUEUES], status;
+	uint32_t socket_count = 0;
 	ssize_t length;
 
 	worker->command_vector = (struct iovec){&worker->command, sizeof(worker->command)};
@@ -236,9 +247,10 @@ int commands_receive_setup(struct worker *worker)
 	length = recvmsg(worker->command_fd, &worker->command_message, MSG_CMSG_CLOEXEC);
 	if (length != sizeof(worker->command) || worker->command.type != MCR_SETUP)
 		return worker_fail(worker, EPROTO, "the first command is no set-up");
-	fd_count = received_fds(worker, fds);
+	receive_fds(worker);
 	worker->setup = worker->command.setup;
-	status = setup_worker(worker, fds, fd_count, sockets, &socket_count);
+	status = setup_worker(worker, sockets, &socket_count);
+	worker->command_fd_count = 0;
 	if (status) {
 		commands_reply(worker, status, NULL, 0, 0);
 		return status;

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: MIT
 /*
  * The loss of every privilege after set-up: another user, no capability, no way to gain one, and only the
- * system calls that the loop needs. A worker that is taken over can use what it holds and open nothing.
+ * system calls that the loops need. A worker that is taken over can use what it holds and open nothing.
+ *
+ * User, capabilities and no_new_privs are each thread's own: they go before there are egress threads, which inherit
+ * the loss. The filter, which would not let a thread start, comes after that and is put on all threads at once.
  */
 #include <errno.h>
 #include <grp.h>
@@ -37,7 +40,7 @@ static int clear_capabilities(void)
 	return (int)syscall(SYS_capset, &header, data);
 }
 
-/* Anything else than these kills the process (seccomp(2)). Needs no_new_privs. */
+/* Anything else than these kills the process (seccomp(2)), whichever thread tries it. Needs no_new_privs. */
 static int filter_system_calls(void)
 {
 	struct sock_filter filter[] = {
@@ -64,29 +67,44 @@ static int filter_system_calls(void)
 	};
 	struct sock_fprog program = {.len = sizeof(filter) / sizeof(filter[0]), .filter = filter};
 
-	return prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program);
+#ifdef MCR_NO_SYSTEM_CALL_FILTER /* the sanitizers' runtimes need other system calls */
+	(void)program;
+	return 0;
+#endif
+	/* Above 0 it is the id of a thread that cannot have the filter. */
+	return syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &program) ? -1 : 0;
+}
+
+static int drop_privileges(void)
+{
+	return clear_capabilities() || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) ? -1 : 0;
 }
 
 int mcr_core_confine(void)
 {
-	if (clear_capabilities() || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || filter_system_calls())
+	if (drop_privileges() || filter_system_calls())
 		return -errno;
 	return 0;
 }
 
-int confine_worker(struct worker *worker)
+int confine_privileges(struct worker *worker)
 {
 	uid_t user = worker->setup.user_id;
 	gid_t group = worker->setup.group_id;
-	int status;
 
 	if (user && (setgroups(0, NULL) || setresgid(group, group, group) || setresuid(user, user, user)))
 		return worker_fail(worker, errno, "cannot become user %u: %s", user, strerror(errno));
 	/* After the change of user, which clears it. */
 	if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
 		return worker_fail(worker, errno, "prctl: %s", strerror(errno));
-	status = mcr_core_confine();
-	if (status)
-		return worker_fail(worker, -status, "cannot drop privileges: %s", strerror(-status));
+	if (drop_privileges())
+		return worker_fail(worker, errno, "cannot drop privileges: %s", strerror(errno));
+	return 0;
+}
+
+int confine_system_calls(struct worker *worker)
+{
+	if (filter_system_calls())
+		return worker_fail(worker, errno, "seccomp: %s", strerror(errno));
 	return 0;
 }

@@ -1,13 +1,21 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The worker's C core, inside. A packet's way is: an ingress back end (ingress_xsk.c, ingress_packet.c)
- * puts packets into the batch, egress.c sorts the batch by rule, cuts it into runs and sends each run to
- * every output, and gives the frames back when the last send of their run has completed. worker.c is the
- * loop round it and the only place that waits.
+ * The worker's C core, inside. A packet's way: an ingress back end (ingress_xsk.c, ingress_packet.c) puts
+ * packets into the batch; egress.c sorts the batch by rule, cuts it into runs, sends each run to every output
+ * and gives the frames back when the last send of their run has completed. worker.c is the loop round it.
  *
- * One thread, one context struct, no lock. Everything is allocated by the set-up and nothing after it.
- * Functions return 0 or -errno and leave the cause in worker->message; an error ends the worker, because
- * it means that something happened which cannot. What can happen is counted.
+ * With egress threads the batch goes another way round: pipes.c writes a descriptor of each packet into the
+ * pipe of every thread that has outputs of its rule; threads.c reads them there, and has an egress of its own;
+ * the frames come back as numbers through one return pipe, and pipes.c counts who still has them. Commands go
+ * the same way, between the packets.
+ *
+ * Each thread has one reactor (an io_uring), which is the only place where it waits. A thread owns its
+ * structs. All that threads share is the pool, which only the kernel writes, the counters, which are added to
+ * atomically, and what the set-up left and nobody changes; hence there is no lock.
+ *
+ * Everything is allocated by the set-up and nothing after it. Functions return 0 or -errno and leave the cause
+ * in their reactor's message; an error ends the worker, because it means that something happened which cannot.
+ * What can happen is counted.
  */
 #ifndef MCR_CORE_H
 #define MCR_CORE_H
@@ -15,6 +23,7 @@
 #include <liburing.h>
 #include <netinet/in.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -24,7 +33,7 @@
 #include "relay_parse.h"
 
 enum {
-	BATCH_PACKETS = 256, /* taken from the ingress at once */
+	BATCH_PACKETS = 256, /* taken from the ingress, or from a pipe, at once */
 	RUN_PACKETS = 64,    /* UDP_MAX_SEGMENTS of kernel 6.1 */
 	RUN_BYTES = 65487,   /* the largest UDP payload over IPv6 without a jumbogram */
 	RUN_SLOTS = 512,
@@ -34,6 +43,7 @@ enum {
 	CONTROL_BYTES = 128, /* of one send: UDP_SEGMENT, TOS, TTL and PKTINFO */
 	COMMAND_FDS = 5,
 	CACHE_LINE_BYTES = 64,
+	MESSAGE_BYTES = 128,
 	NONE = UINT32_MAX,
 };
 
@@ -42,15 +52,28 @@ enum frame_owner {
 	FRAME_FREE = 0,
 	FRAME_FILL,	 /* the kernel may write it, or has written it and we have not looked */
 	FRAME_RECEIVE,	 /* in the batch */
-	FRAME_IN_FLIGHT, /* in a run */
+	FRAME_IN_FLIGHT, /* in a run, or in the hands of egress threads */
 };
 
 /* What a completion is about: the low byte of its user_data; the rest is an index. */
 enum completion_kind {
 	COMPLETION_SEND = 1,
 	COMPLETION_COMMAND,
-	COMPLETION_POLL,   /* an AF_XDP socket has packets */
-	COMPLETION_PACKET, /* AF_PACKET: one received packet */
+	COMPLETION_POLL,    /* an AF_XDP socket has packets */
+	COMPLETION_PACKET,  /* AF_PACKET: one received packet */
+	COMPLETION_PIPE,    /* the ingress thread's write to an egress thread */
+	COMPLETION_RETURN,  /* the ingress thread's read of the return pipe */
+	COMPLETION_READ,    /* an egress thread's read of its pipe */
+	COMPLETION_RETURNED /* an egress thread's write to the return pipe */
+};
+
+/* One thread's io_uring. */
+struct reactor {
+	struct io_uring uring;
+	int (*complete)(struct reactor *reactor, enum completion_kind kind, uint32_t index, int result,
+			uint32_t flags);
+	uint64_t now_ns; /* when the completions were taken that are being handled; 0 before it is asked */
+	char message[MESSAGE_BYTES];
 };
 
 struct packet {
@@ -71,6 +94,7 @@ struct packet {
 /* Packets of one rule with one payload size (the last may be shorter) that are sent together. */
 struct run {
 	struct iovec payloads[RUN_PACKETS];
+	uint64_t rx_times_ns[RUN_PACKETS];
 	uint32_t frames[RUN_PACKETS];
 	struct packet first; /* its TTL, TOS, port and source are those of the whole run */
 	uint32_t references; /* sends that have not completed */
@@ -117,7 +141,34 @@ struct rule {
 	uint32_t tail;
 };
 
+/*
+ * What one thread knows of the rules and outputs. Outputs are shared out by their id: the ones of these tables
+ * are those whose id leaves `share` when divided by `shares`. The ingress thread's tables have them all.
+ */
+struct tables {
+	struct rule *rules;
+	struct output *outputs;
+	uint32_t share;
+	uint32_t shares;
+};
+
 struct worker;
+struct returns;
+
+/* The sending half. There is one for each egress thread, or one that belongs to the ingress thread. */
+struct egress {
+	struct worker *worker; /* of which an egress thread uses the pool, the set-up and the counters */
+	struct reactor *reactor;
+	struct tables *tables;
+	struct returns *returns; /* where an egress thread puts frames; NULL: right back to the ingress */
+	struct packet *batch;
+	uint32_t active_rules[BATCH_PACKETS];
+	struct run *runs;
+	uint32_t free_run;
+	struct send *sends;
+	uint32_t free_send;
+	uint32_t sends_in_flight;
+};
 
 struct ingress {
 	/* Opens what it reads from. AF_XDP fills sockets[] with descriptors for the supervisor. */
@@ -140,15 +191,19 @@ extern const struct ingress ingress_packet;
 
 struct xsk_state;
 struct packet_state;
+struct pipes;
+struct egress_thread;
 
+/* The ingress thread, and what all threads share. */
 struct worker {
-	struct io_uring uring;
+	struct reactor reactor;
 	struct mcr_setup setup;
 	int command_fd;
 	bool stopping;
 	bool started;	    /* the first PING has come: every rule is known */
 	bool command_ready; /* handled between batches: a batch must see one set of rules */
 	int command_result;
+	bool dying; /* somebody is saying the last words; atomic */
 
 	uint8_t *pool;
 	uint8_t *owners; /* enum frame_owner, one for each frame */
@@ -160,50 +215,81 @@ struct worker {
 	struct packet *batch;
 	uint32_t batch_count;
 
-	struct rule *rules;
+	struct tables tables;
 	uint32_t *rule_table; /* rule_id by key, 0 where empty */
 	uint32_t lookups;     /* enum mcr_setting: the kinds of key that some rule has */
-	struct output *outputs;
-	uint32_t active_rules[BATCH_PACKETS];
 
-	struct run *runs;
-	uint32_t free_run;
-	struct send *sends;
-	uint32_t free_send;
-	uint32_t sends_in_flight;
+	struct egress egress;	       /* without egress threads */
+	struct pipes *pipes;	       /* to them, and back; NULL without */
+	struct egress_thread *threads; /* setup.egress_threads */
 
 	struct mcr_rule_counters *rule_counters;
 	struct mcr_output_counters *output_counters;
-	struct mcr_worker_counters *counters;
+	struct mcr_worker_counters *counters; /* the ingress thread's alone */
 	struct mcr_latency *latency;
 
 	struct mcr_command command;
 	struct iovec command_vector;
 	struct msghdr command_message;
 	char command_control[CMSG_SPACE(COMMAND_FDS * sizeof(int))];
-
-	char message[128];
+	int command_fds[COMMAND_FDS]; /* that came with the command, until it is acknowledged */
+	uint32_t command_fd_count;
+	uint32_t acks_awaited; /* from egress threads */
+	int command_status;
 };
 
-/* worker.c */
-int worker_fail(struct worker *worker, int error, const char *format, ...)
+#define container_of(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
+
+/* Counters have several writers: threads, and the workers of one interface. */
+static inline void counter_add(__u64 *counter, uint64_t amount)
+{
+	__atomic_fetch_add(counter, amount, __ATOMIC_RELAXED);
+}
+
+static inline void counter_set(__u64 *counter, uint64_t value)
+{
+	__atomic_store_n(counter, value, __ATOMIC_RELAXED);
+}
+
+/* reactor.c */
+int reactor_open(struct reactor *reactor, uint32_t flags);
+int reactor_enable(struct reactor *reactor);
+int reactor_fail(struct reactor *reactor, int error, const char *format, ...)
 	__attribute__((format(printf, 3, 4)));
-struct io_uring_sqe *worker_sqe(struct worker *worker);
-int worker_reap(struct worker *worker);
-int worker_submit_and_reap(struct worker *worker);
+struct io_uring_sqe *reactor_sqe(struct reactor *reactor);
+int reactor_reap(struct reactor *reactor);
+int reactor_submit_and_reap(struct reactor *reactor);
+int reactor_wait(struct reactor *reactor);
+int reactor_wait_briefly(struct reactor *reactor);
+uint64_t clock_ns(void);
+
+#define worker_fail(worker, ...) reactor_fail(&(worker)->reactor, __VA_ARGS__)
 
 /* Says what the completion will be about; after the preparation, which clears it. */
-static inline void worker_tag(struct io_uring_sqe *sqe, enum completion_kind kind, uint32_t index)
+static inline void reactor_tag(struct io_uring_sqe *sqe, enum completion_kind kind, uint32_t index)
 {
 	io_uring_sqe_set_data64(sqe, kind | (uint64_t)index << 8);
 }
 
+/* When the completions were taken that are being handled: one look at the clock for them all. */
+static inline uint64_t reactor_now_ns(struct reactor *reactor)
+{
+	if (!reactor->now_ns)
+		reactor->now_ns = clock_ns();
+	return reactor->now_ns;
+}
+
+/* worker.c */
+int worker_complete(struct reactor *reactor, enum completion_kind kind, uint32_t index, int result,
+		    uint32_t flags);
+_Noreturn void worker_die(struct worker *worker, const char *last_words);
+
 /* setup.c */
-int setup_worker(struct worker *worker, const int *fds, uint32_t fd_count, int *sockets,
-		 uint32_t *socket_count);
+int setup_worker(struct worker *worker, int *sockets, uint32_t *socket_count);
 
 /* confine.c */
-int confine_worker(struct worker *worker);
+int confine_privileges(struct worker *worker);
+int confine_system_calls(struct worker *worker);
 
 /* frames.c */
 int frames_move(struct worker *worker, uint32_t frame, enum frame_owner from, enum frame_owner to);
@@ -212,19 +298,30 @@ int frames_give(struct worker *worker, const uint32_t *frames, uint32_t count, e
 void frames_count(struct worker *worker, uint32_t in_receive_rings);
 
 /* rules.c */
-void rules_put(struct worker *worker, const struct mcr_set_rule *rule);
-void rules_remove(struct worker *worker, uint32_t rule_id);
+int tables_open(struct tables *tables, uint32_t share, uint32_t shares);
+bool tables_have(const struct tables *tables, uint32_t output_id);
+void tables_apply(struct tables *tables, const struct mcr_command *command);
+void rules_index(struct worker *worker, uint32_t added);
 uint32_t rules_find(const struct worker *worker, const struct mcr_packet *packet);
+void rules_count_relayed(struct worker *worker, uint32_t rule_id, uint32_t packets, uint64_t bytes);
 
 /* commands.c */
 int commands_arm(struct worker *worker);
-int commands_complete(struct worker *worker, int result);
+int commands_handle(struct worker *worker, int result);
+int commands_acknowledge(struct worker *worker, int status);
 int commands_receive_setup(struct worker *worker);
 int commands_reply(struct worker *worker, int status, const int *fds, uint32_t fd_count, uint32_t zero_copy);
 
 /* egress.c */
-int egress_relay(struct worker *worker);
-int egress_complete(struct worker *worker, uint32_t send_index, int result);
+int egress_open(struct egress *egress, struct worker *worker, struct reactor *reactor, struct tables *tables,
+		struct returns *returns);
+int egress_relay(struct egress *egress, struct packet *packets, uint32_t count);
+int egress_complete(struct egress *egress, uint32_t send_index, int result);
+int egress_apply(struct egress *egress, const struct mcr_command *command, int fd);
+int egress_settle(struct egress *egress);
+
+/* latency.c */
+void latency_add(struct mcr_latency *latency, const uint64_t *rx_times_ns, uint32_t count, uint64_t now_ns);
 
 /* The driver bound at least one AF_XDP socket without copying. */
 bool xsk_zero_copy(const struct worker *worker);

@@ -6,23 +6,58 @@
  *
  * A full socket is that output's drop and holds up nobody. A run's frames go back when its last send has
  * completed, whatever became of it.
+ *
+ * One struct egress is one thread's: the ingress thread's own, or one in each egress thread. In an egress thread
+ * (returns is set) the ingress thread has already counted the packets and made sure of their rules.
  */
 #include <errno.h>
 #include <netinet/ip.h>
 #include <netinet/udp.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "core.h"
+#include "threads.h"
 
-static int release_run(struct worker *worker, uint32_t run_index)
+int egress_open(struct egress *egress, struct worker *worker, struct reactor *reactor, struct tables *tables,
+		struct returns *returns)
 {
-	struct run *run = &worker->runs[run_index];
+	*egress = (struct egress){
+		.worker = worker,
+		.reactor = reactor,
+		.tables = tables,
+		.returns = returns,
+		.runs = calloc(RUN_SLOTS, sizeof(*egress->runs)),
+		.sends = calloc(SEND_SLOTS, sizeof(*egress->sends)),
+	};
+	if (!egress->runs || !egress->sends)
+		return worker_fail(worker, ENOMEM, "no memory");
+	for (uint32_t i = 0; i < RUN_SLOTS; i++)
+		egress->runs[i].next_free = i + 1 < RUN_SLOTS ? i + 1 : NONE;
+	for (uint32_t i = 0; i < SEND_SLOTS; i++)
+		egress->sends[i].next_free = i + 1 < SEND_SLOTS ? i + 1 : NONE;
+	return 0;
+}
+
+static int give_back(struct egress *egress, const uint32_t *frames, uint32_t count, enum frame_owner from,
+		     uint16_t queue)
+{
+	if (!egress->returns)
+		return frames_give(egress->worker, frames, count, from, queue);
+	if (returns_put(egress->returns, frames, count))
+		return reactor_fail(egress->reactor, EPROTO, "more frames are given back than there are");
+	return 0;
+}
+
+static int release_run(struct egress *egress, uint32_t run_index)
+{
+	struct run *run = &egress->runs[run_index];
 
 	if (--run->references)
 		return 0;
-	run->next_free = worker->free_run;
-	worker->free_run = run_index;
-	return frames_give(worker, run->frames, run->count, FRAME_IN_FLIGHT, run->first.queue);
+	run->next_free = egress->free_run;
+	egress->free_run = run_index;
+	return give_back(egress, run->frames, run->count, FRAME_IN_FLIGHT, run->first.queue);
 }
 
 static void add_control(struct msghdr *message, int level, int type, const void *value, size_t length)
@@ -83,15 +118,15 @@ static void fill_control(struct send *send, const struct output *output, const s
 		message->msg_control = NULL;
 }
 
-static int submit_send(struct worker *worker, uint32_t send_index)
+static int submit_send(struct egress *egress, uint32_t send_index)
 {
-	struct send *send = &worker->sends[send_index];
-	struct output *output = &worker->outputs[send->output_id];
-	struct run *run = &worker->runs[send->run];
-	struct io_uring_sqe *sqe = worker_sqe(worker);
+	struct send *send = &egress->sends[send_index];
+	struct output *output = &egress->tables->outputs[send->output_id];
+	struct run *run = &egress->runs[send->run];
+	struct io_uring_sqe *sqe = reactor_sqe(egress->reactor);
 
 	if (!sqe)
-		return worker_fail(worker, ENOSPC, "the submission queue is full");
+		return -ENOSPC;
 	send->message = (struct msghdr){
 		.msg_name = &output->destination,
 		.msg_namelen = output->destination_length,
@@ -106,50 +141,50 @@ static int submit_send(struct worker *worker, uint32_t send_index)
 	fill_control(send, output, run);
 	io_uring_prep_sendmsg(sqe, (int)send->output_id, &send->message, MSG_DONTWAIT | MSG_NOSIGNAL);
 	sqe->flags |= IOSQE_FIXED_FILE;
-	worker_tag(sqe, COMPLETION_SEND, send_index);
+	reactor_tag(sqe, COMPLETION_SEND, send_index);
 	return 0;
 }
 
 /* Sends `count` packets of the run from `first` on; the run is theirs until the send has completed. */
-static int send_packets(struct worker *worker, uint32_t run_index, uint32_t output_id, uint16_t first,
+static int send_packets(struct egress *egress, uint32_t run_index, uint32_t output_id, uint16_t first,
 			uint16_t count)
 {
 	uint32_t send_index;
 	struct send *send;
 
-	while (worker->free_send == NONE) {
-		int status = worker_submit_and_reap(worker);
+	while (egress->free_send == NONE) {
+		int status = reactor_submit_and_reap(egress->reactor);
 
 		if (status)
 			return status;
 	}
-	send_index = worker->free_send;
-	send = &worker->sends[send_index];
-	worker->free_send = send->next_free;
-	worker->sends_in_flight++;
+	send_index = egress->free_send;
+	send = &egress->sends[send_index];
+	egress->free_send = send->next_free;
+	egress->sends_in_flight++;
 	send->run = run_index;
 	send->output_id = output_id;
 	send->first = first;
 	send->count = count;
 	send->last = 0;
-	worker->runs[run_index].references++;
-	return submit_send(worker, send_index);
+	egress->runs[run_index].references++;
+	return submit_send(egress, send_index);
 }
 
-static int send_run(struct worker *worker, uint32_t run_index, uint32_t output_id)
+static int send_run(struct egress *egress, uint32_t run_index, uint32_t output_id)
 {
-	const struct output *output = &worker->outputs[output_id];
-	const struct run *run = &worker->runs[run_index];
+	const struct output *output = &egress->tables->outputs[output_id];
+	const struct run *run = &egress->runs[run_index];
 
-	worker->output_counters[output_id].relayed_packets += run->count;
 	if (output->flags & MCR_OUTPUT_DECREMENT_TTL && run->first.ttl <= 1) {
-		worker->output_counters[output_id].dropped[MCR_OUTPUT_DROP_TTL_EXPIRED] += run->count;
+		counter_add(&egress->worker->output_counters[output_id].dropped[MCR_OUTPUT_DROP_TTL_EXPIRED],
+			    run->count);
 		return 0;
 	}
 	if (run->count > 1 && run->first.payload_length <= output->gso_limit)
-		return send_packets(worker, run_index, output_id, 0, run->count);
+		return send_packets(egress, run_index, output_id, 0, run->count);
 	for (uint16_t i = 0; i < run->count; i++) {
-		int status = send_packets(worker, run_index, output_id, i, 1);
+		int status = send_packets(egress, run_index, output_id, i, 1);
 
 		if (status)
 			return status;
@@ -193,92 +228,98 @@ static void fetch_payload(const struct packet *packet)
 		__builtin_prefetch(payload + i);
 }
 
-static int add_packet(struct worker *worker, struct run *run, const struct packet *packet)
+static int add_packet(struct egress *egress, struct run *run, const struct packet *packet)
 {
 	fetch_payload(packet);
 	run->payloads[run->count] = (struct iovec){packet->frame + packet->payload_offset,
 						   packet->payload_length};
+	run->rx_times_ns[run->count] = packet->rx_time_ns;
 	run->frames[run->count++] = packet->frame_index;
 	run->bytes += packet->payload_length;
-	return frames_move(worker, packet->frame_index, FRAME_RECEIVE, FRAME_IN_FLIGHT);
+	if (egress->returns)
+		return 0; /* the ingress thread has moved it */
+	return frames_move(egress->worker, packet->frame_index, FRAME_RECEIVE, FRAME_IN_FLIGHT);
 }
 
-static int take_run(struct worker *worker, uint32_t *run_index)
+static int take_run(struct egress *egress, uint32_t *run_index)
 {
-	while (worker->free_run == NONE) {
-		int status = worker_submit_and_reap(worker);
+	while (egress->free_run == NONE) {
+		int status = reactor_submit_and_reap(egress->reactor);
 
 		if (status)
 			return status;
 	}
-	*run_index = worker->free_run;
-	worker->free_run = worker->runs[*run_index].next_free;
+	*run_index = egress->free_run;
+	egress->free_run = egress->runs[*run_index].next_free;
 	return 0;
 }
 
 /* Cuts one run off the packets of a rule that begin at *index, and moves *index behind it. */
-static int cut_run(struct worker *worker, uint32_t rule_flags, struct run *run, uint32_t *index)
+static int cut_run(struct egress *egress, uint32_t rule_flags, struct run *run, uint32_t *index)
 {
-	const struct packet *packet = &worker->batch[*index];
+	const struct packet *packet = &egress->batch[*index];
 
 	run->first = *packet;
 	run->count = 0;
 	run->bytes = 0;
 	run->references = 1; /* ours, while its sends are being prepared */
 	do {
-		int status = add_packet(worker, run, packet);
+		int status = add_packet(egress, run, packet);
 
 		if (status)
 			return status;
 		*index = packet->next;
-		packet = &worker->batch[*index];
+		packet = &egress->batch[*index];
 	} while (*index != NONE && extends(run, packet, rule_flags));
 	return 0;
 }
 
-static int relay_rule(struct worker *worker, uint32_t rule_id)
+static int relay_rule(struct egress *egress, uint32_t rule_id)
 {
-	const struct rule *rule = &worker->rules[rule_id];
-	struct mcr_rule_counters *counters = &worker->rule_counters[rule_id];
+	const struct rule *rule = &egress->tables->rules[rule_id];
 	uint32_t index = rule->head, run_index;
 	int status = 0;
 
 	while (index != NONE && !status) {
 		struct run *run;
 
-		status = take_run(worker, &run_index);
+		status = take_run(egress, &run_index);
 		if (status)
 			return status;
-		run = &worker->runs[run_index];
-		status = cut_run(worker, rule->flags, run, &index);
-		counters->relayed_packets += run->count;
-		counters->relayed_bytes += run->bytes;
+		run = &egress->runs[run_index];
+		status = cut_run(egress, rule->flags, run, &index);
+		if (!egress->returns)
+			rules_count_relayed(egress->worker, rule_id, run->count, run->bytes);
 		for (uint32_t i = 0; i < rule->output_count && !status; i++)
-			status = send_run(worker, run_index, rule->output_ids[i]);
+			status = send_run(egress, run_index, rule->output_ids[i]);
 		if (!status)
-			status = release_run(worker, run_index);
+			status = release_run(egress, run_index);
 	}
 	return status;
 }
 
-static int drop_packet(struct worker *worker, const struct packet *packet, enum mcr_drop_reason reason)
+/* The rule has gone, or all its outputs have: known by the one thread that there is. */
+static int drop_packet(struct egress *egress, const struct packet *packet, enum mcr_drop_reason reason)
 {
-	worker->rule_counters[packet->rule_id].dropped[reason]++;
-	return frames_give(worker, &packet->frame_index, 1, FRAME_RECEIVE, packet->queue);
+	if (egress->returns)
+		return reactor_fail(egress->reactor, EPROTO, "a packet of rule %u without an output here",
+				    packet->rule_id);
+	counter_add(&egress->worker->rule_counters[packet->rule_id].dropped[reason], 1);
+	return frames_give(egress->worker, &packet->frame_index, 1, FRAME_RECEIVE, packet->queue);
 }
 
 /* Sorts the batch by rule, in order of arrival. Returns how many rules have packets, or -errno. */
-static int sort_by_rule(struct worker *worker)
+static int sort_by_rule(struct egress *egress, uint32_t count)
 {
 	int active = 0;
 
-	for (uint32_t i = 0; i < worker->batch_count; i++) {
-		struct packet *packet = &worker->batch[i];
-		struct rule *rule = &worker->rules[packet->rule_id];
+	for (uint32_t i = 0; i < count; i++) {
+		struct packet *packet = &egress->batch[i];
+		struct rule *rule = &egress->tables->rules[packet->rule_id];
 
 		packet->next = NONE;
 		if (!rule->known || !rule->output_count) {
-			int status = drop_packet(worker, packet,
+			int status = drop_packet(egress, packet,
 						 rule->known ? MCR_DROP_NO_OUTPUT : MCR_DROP_UNKNOWN_RULE);
 
 			if (status)
@@ -287,9 +328,9 @@ static int sort_by_rule(struct worker *worker)
 		}
 		if (rule->head == NONE) {
 			rule->head = i;
-			worker->active_rules[active++] = packet->rule_id;
+			egress->active_rules[active++] = packet->rule_id;
 		} else {
-			worker->batch[rule->tail].next = i;
+			egress->batch[rule->tail].next = i;
 		}
 		rule->tail = i;
 	}
@@ -297,21 +338,22 @@ static int sort_by_rule(struct worker *worker)
 }
 
 /* Relays the batch; its sends are prepared, not yet submitted, when this returns. */
-int egress_relay(struct worker *worker)
+int egress_relay(struct egress *egress, struct packet *packets, uint32_t count)
 {
-	int active = sort_by_rule(worker);
+	int active;
 
+	egress->batch = packets;
+	active = sort_by_rule(egress, count);
 	if (active < 0)
 		return active;
 	for (int i = 0; i < active; i++) {
-		uint32_t rule_id = worker->active_rules[i];
-		int status = relay_rule(worker, rule_id);
+		uint32_t rule_id = egress->active_rules[i];
+		int status = relay_rule(egress, rule_id);
 
-		worker->rules[rule_id].head = NONE;
+		egress->tables->rules[rule_id].head = NONE;
 		if (status)
 			return status;
 	}
-	worker->batch_count = 0;
 	return 0;
 }
 
@@ -346,38 +388,75 @@ static bool gso_refused(int error)
 	return error == EINVAL || error == EMSGSIZE || error == EIO || error == EOPNOTSUPP;
 }
 
-static void account_send(struct worker *worker, const struct send *send, const struct run *run, int result)
+static void account_send(struct egress *egress, const struct send *send, const struct run *run, int result)
 {
-	struct mcr_output_counters *counters = &worker->output_counters[send->output_id];
+	struct mcr_output_counters *counters = &egress->worker->output_counters[send->output_id];
 
 	if (result < 0) {
-		counters->dropped[drop_reason(-result)] += send->count;
-		counters->last_error = (uint64_t)-result;
+		counter_add(&counters->dropped[drop_reason(-result)], send->count);
+		counter_set(&counters->last_error, (uint64_t)-result);
 		return;
 	}
-	counters->sent_packets += send->count;
-	counters->sent_bytes += send->count == run->count ? run->bytes : run->payloads[send->first].iov_len;
+	counter_add(&counters->sent_packets, send->count);
+	counter_add(&counters->sent_bytes,
+		    send->count == run->count ? run->bytes : run->payloads[send->first].iov_len);
+	latency_add(&egress->worker->latency[run->first.rule_id], &run->rx_times_ns[send->first], send->count,
+		    reactor_now_ns(egress->reactor));
 }
 
-int egress_complete(struct worker *worker, uint32_t send_index, int result)
+int egress_complete(struct egress *egress, uint32_t send_index, int result)
 {
-	struct send *send = &worker->sends[send_index];
-	struct run *run = &worker->runs[send->run];
+	struct send *send = &egress->sends[send_index];
+	struct run *run = &egress->runs[send->run];
 
 	if (result < 0 && send->count > 1 && gso_refused(-result)) {
 		/* The MTU has shrunk, or the path's is smaller: these and later ones go one by one. */
-		worker->outputs[send->output_id].gso_limit = run->first.payload_length - 1;
+		egress->tables->outputs[send->output_id].gso_limit = run->first.payload_length - 1;
 		send->last = send->first + send->count;
 		send->count = 1;
-		return submit_send(worker, send_index);
+		return submit_send(egress, send_index);
 	}
-	account_send(worker, send, run, result);
+	account_send(egress, send, run, result);
 	if (send->first + 1 < send->last) {
 		send->first++;
-		return submit_send(worker, send_index);
+		return submit_send(egress, send_index);
 	}
-	send->next_free = worker->free_send;
-	worker->free_send = send_index;
-	worker->sends_in_flight--;
-	return release_run(worker, send->run);
+	send->next_free = egress->free_send;
+	egress->free_send = send_index;
+	egress->sends_in_flight--;
+	return release_run(egress, send->run);
+}
+
+/* Waits until every send has completed. */
+int egress_settle(struct egress *egress)
+{
+	while (egress->sends_in_flight) {
+		int status = reactor_wait(egress->reactor);
+
+		if (status)
+			return status;
+	}
+	return 0;
+}
+
+/* Puts the socket of an output into the table of registered files, or -1 takes it out. */
+static int register_socket(struct egress *egress, uint32_t output_id, int fd)
+{
+	int status = io_uring_register_files_update(&egress->reactor->uring, output_id, &fd, 1);
+
+	return status < 0 ? status : 0;
+}
+
+/* Carries out a command that has been checked. Returns 0, or -errno if the kernel refuses the socket. */
+int egress_apply(struct egress *egress, const struct mcr_command *command, int fd)
+{
+	int status = 0;
+
+	if (command->type == MCR_ADD_OUTPUT && tables_have(egress->tables, command->output.output_id))
+		status = register_socket(egress, command->output.output_id, fd);
+	if (command->type == MCR_DEL_OUTPUT && egress->tables->outputs[command->id].known)
+		register_socket(egress, command->id, -1);
+	if (!status)
+		tables_apply(egress->tables, command);
+	return status;
 }

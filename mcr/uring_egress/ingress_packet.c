@@ -11,7 +11,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 
 #include "core.h"
 
@@ -41,7 +40,7 @@ static int register_buffers(struct worker *worker)
 	if (state->buffers == MAP_FAILED)
 		return worker_fail(worker, ENOMEM, "no memory");
 	registration.ring_addr = (uint64_t)(uintptr_t)state->buffers;
-	status = io_uring_register_buf_ring(&worker->uring, &registration, 0);
+	status = io_uring_register_buf_ring(&worker->reactor.uring, &registration, 0);
 	if (status)
 		return worker_fail(worker, -status, "io_uring buffer ring: %s", strerror(-status));
 	io_uring_buf_ring_init(state->buffers);
@@ -92,13 +91,13 @@ static int packet_arm(struct worker *worker)
 
 	if (state->armed || !worker->started)
 		return 0;
-	sqe = worker_sqe(worker);
+	sqe = reactor_sqe(&worker->reactor);
 	if (!sqe)
-		return worker_fail(worker, ENOSPC, "the submission queue is full");
+		return -ENOSPC;
 	io_uring_prep_recvmsg_multishot(sqe, state->socket, &state->shape, MSG_TRUNC);
 	sqe->flags |= IOSQE_BUFFER_SELECT;
 	sqe->buf_group = BUFFER_GROUP;
-	worker_tag(sqe, COMPLETION_PACKET, 0);
+	reactor_tag(sqe, COMPLETION_PACKET, 0);
 	state->armed = true;
 	return 0;
 }
@@ -140,36 +139,29 @@ static uint32_t admit(struct worker *worker, uint8_t *data, uint32_t captured, u
 	if (!rule_id)
 		return 0;
 	counters = &worker->rule_counters[rule_id];
-	counters->received_packets++;
-	counters->received_bytes += parsed->payload_length;
+	counter_add(&counters->received_packets, 1);
+	counter_add(&counters->received_bytes, parsed->payload_length);
 	if (parsed->drop_reason != MCR_NO_DROP) {
-		counters->dropped[parsed->drop_reason]++;
+		counter_add(&counters->dropped[parsed->drop_reason], 1);
 		return 0;
 	}
-	if (merged || length > worker->rules[rule_id].frame_limit ||
+	if (merged || length > worker->tables.rules[rule_id].frame_limit ||
 	    (uint32_t)parsed->payload_offset + parsed->payload_length > captured) {
-		counters->dropped[MCR_DROP_OVERSIZE]++;
+		counter_add(&counters->dropped[MCR_DROP_OVERSIZE], 1);
 		return 0;
 	}
 	return rule_id;
-}
-
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
 }
 
 static void enqueue(struct worker *worker, uint8_t *data, uint32_t frame, uint32_t rule_id,
 		    const struct mcr_packet *parsed)
 {
 	struct packet_state *state = worker->packet;
+	uint64_t now_ns = clock_ns();
 
 	state->arrived[state->tail++ & (worker->setup.frame_count - 1)] = (struct packet){
 		.frame = data,
-		.rx_time_ns = now_ns(),
+		.rx_time_ns = now_ns,
 		.frame_index = frame,
 		.rule_id = rule_id,
 		.payload_offset = parsed->payload_offset,
@@ -179,9 +171,7 @@ static void enqueue(struct worker *worker, uint8_t *data, uint32_t frame, uint32
 		.ttl = parsed->ttl,
 		.tos = parsed->tos,
 	};
-	worker->rule_counters[rule_id]
-		.last_seen_ns = state->arrived[(state->tail - 1) & (worker->setup.frame_count - 1)]
-					.rx_time_ns;
+	counter_set(&worker->rule_counters[rule_id].last_seen_ns, now_ns);
 }
 
 /* One packet lies in a frame as: io_uring's own header, auxiliary data, virtio_net_hdr, Ethernet. */

@@ -225,11 +225,11 @@ static int xsk_arm(struct worker *worker)
 
 		if (queue->armed)
 			continue;
-		sqe = worker_sqe(worker);
+		sqe = reactor_sqe(&worker->reactor);
 		if (!sqe)
-			return worker_fail(worker, ENOSPC, "the submission queue is full");
+			return -ENOSPC;
 		io_uring_prep_poll_add(sqe, xsk_socket__fd(queue->socket), POLLIN);
-		worker_tag(sqe, COMPLETION_POLL, i);
+		reactor_tag(sqe, COMPLETION_POLL, i);
 		queue->armed = true;
 	}
 	return 0;

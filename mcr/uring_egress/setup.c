@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: MIT
-/* Everything that a worker ever allocates or opens, checked and done once. */
+/*
+ * Everything that a worker ever allocates or opens, checked and done once; then it gives up every privilege. What
+ * needs one is opened first, the egress threads are started in between, and the filter comes last.
+ */
 #include <errno.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
-#include "core.h"
+#include "threads.h"
 
 enum { COUNTER_FDS = 4, MAX_FRAMES = 32768 };
 
-static int check_setup(struct worker *worker, uint32_t fd_count)
+static int check_setup(struct worker *worker)
 {
 	const struct mcr_setup *setup = &worker->setup;
 	uint32_t wanted_fds = COUNTER_FDS + (setup->ingress == MCR_INGRESS_PACKET);
@@ -31,14 +35,19 @@ static int check_setup(struct worker *worker, uint32_t fd_count)
 	    setup->frame_count & (setup->frame_count - 1))
 		return worker_fail(worker, EINVAL, "the frame count %u is not a power of two up to %u",
 				   setup->frame_count, MAX_FRAMES);
-	if (setup->egress_threads)
-		return worker_fail(worker, EINVAL, "egress threads are not built yet");
+	if (setup->egress_threads > MCR_MAX_EGRESS_THREADS)
+		return worker_fail(worker, EINVAL, "%u egress threads are more than %u",
+				   setup->egress_threads, MCR_MAX_EGRESS_THREADS);
+	for (uint32_t i = 0; i <= setup->egress_threads; i++)
+		if (setup->cpus[i] >= CPU_SETSIZE)
+			return worker_fail(worker, EINVAL, "there is no CPU %d", setup->cpus[i]);
 	if (setup->worker_slot >= MCR_MAX_WORKERS)
 		return worker_fail(worker, EINVAL, "worker slot out of range");
 	if (strnlen(setup->interface, sizeof(setup->interface)) == sizeof(setup->interface))
 		return worker_fail(worker, EINVAL, "the interface name does not end");
-	if (fd_count != wanted_fds)
-		return worker_fail(worker, EINVAL, "%u descriptors instead of %u", fd_count, wanted_fds);
+	if (worker->command_fd_count != wanted_fds)
+		return worker_fail(worker, EINVAL, "%u descriptors instead of %u", worker->command_fd_count,
+				   wanted_fds);
 	return 0;
 }
 
@@ -54,27 +63,6 @@ static int raise_file_limit(struct worker *worker)
 	if (limit.rlim_max <= MCR_MAX_OUTPUTS)
 		return worker_fail(worker, EMFILE, "the limit of open files is %lu, and must be above %u",
 				   (unsigned long)limit.rlim_max, MCR_MAX_OUTPUTS);
-	return 0;
-}
-
-static int open_uring(struct worker *worker)
-{
-	struct io_uring_params params = {
-		.flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG |
-			 IORING_SETUP_CQSIZE,
-		.cq_entries = COMPLETION_SLOTS,
-	};
-	int status = io_uring_queue_init_params(SEND_SLOTS, &worker->uring, &params);
-
-	if (status == -EINVAL)
-		return worker_fail(worker, EINVAL, "io_uring lacks DEFER_TASKRUN: needs kernel 6.1");
-	if (status == -EPERM)
-		return worker_fail(worker, EPERM, "io_uring is disabled: sysctl kernel.io_uring_disabled=0");
-	if (status)
-		return worker_fail(worker, -status, "io_uring: %s", strerror(-status));
-	status = io_uring_register_files_sparse(&worker->uring, MCR_MAX_OUTPUTS);
-	if (status)
-		return worker_fail(worker, -status, "io_uring file table: %s", strerror(-status));
 	return 0;
 }
 
@@ -108,16 +96,6 @@ static int open_counters(struct worker *worker, const int *fds)
 	return status;
 }
 
-static void chain_free_slots(struct worker *worker)
-{
-	for (uint32_t i = 0; i < RUN_SLOTS; i++)
-		worker->runs[i].next_free = i + 1 < RUN_SLOTS ? i + 1 : NONE;
-	for (uint32_t i = 0; i < SEND_SLOTS; i++)
-		worker->sends[i].next_free = i + 1 < SEND_SLOTS ? i + 1 : NONE;
-	for (uint32_t i = 0; i < MCR_MAX_RULES; i++)
-		worker->rules[i].head = NONE;
-}
-
 static int allocate(struct worker *worker)
 {
 	size_t pool_size = (size_t)worker->setup.frame_count * worker->setup.frame_size;
@@ -129,39 +107,59 @@ static int allocate(struct worker *worker)
 	worker->owners = calloc(worker->setup.frame_count, 1);
 	worker->owned[FRAME_FREE] = worker->setup.frame_count;
 	worker->batch = calloc(BATCH_PACKETS, sizeof(*worker->batch));
-	worker->rules = calloc(MCR_MAX_RULES, sizeof(*worker->rules));
 	worker->rule_table = calloc(RULE_SLOTS, sizeof(*worker->rule_table));
-	worker->outputs = calloc(MCR_MAX_OUTPUTS, sizeof(*worker->outputs));
-	worker->runs = calloc(RUN_SLOTS, sizeof(*worker->runs));
-	worker->sends = calloc(SEND_SLOTS, sizeof(*worker->sends));
-	if (!worker->owners || !worker->batch || !worker->rules || !worker->rule_table || !worker->outputs ||
-	    !worker->runs || !worker->sends)
+	if (!worker->owners || !worker->batch || !worker->rule_table || tables_open(&worker->tables, 0, 1))
 		return worker_fail(worker, ENOMEM, "no memory");
-	chain_free_slots(worker);
 	return 0;
 }
 
-int setup_worker(struct worker *worker, const int *fds, uint32_t fd_count, int *sockets,
-		 uint32_t *socket_count)
+/* The thread's own egress, or the threads that have one. */
+static int open_egress(struct worker *worker)
 {
-	int status = check_setup(worker, fd_count);
+	worker->counters->pipe_bytes = 0;
+	if (worker->setup.egress_threads)
+		return threads_open(worker);
+	return egress_open(&worker->egress, worker, &worker->reactor, &worker->tables, NULL);
+}
+
+static int open_ingress(struct worker *worker, int *sockets, uint32_t *socket_count)
+{
+	int status;
+
+	worker->ingress = worker->setup.ingress == MCR_INGRESS_XSK ? &ingress_xsk : &ingress_packet;
+	sockets[0] = worker->command_fds
+			     [COUNTER_FDS]; /* only read by the AF_PACKET ingress, which then has it */
+	status = worker->ingress->open(worker, sockets, socket_count);
+	if (!status)
+		worker->ingress->count(worker);
+	return status;
+}
+
+/* sockets: those of AF_XDP, for the supervisor. */
+int setup_worker(struct worker *worker, int *sockets, uint32_t *socket_count)
+{
+	int status = check_setup(worker);
 
 	if (!status)
 		status = raise_file_limit(worker);
 	if (!status)
-		status = open_counters(worker, fds);
+		status = open_counters(worker, worker->command_fds);
 	if (!status)
 		status = allocate(worker);
 	if (!status)
-		status = open_uring(worker);
+		status = reactor_open(&worker->reactor, 0);
+	if (!status)
+		status = open_egress(worker);
 	if (status)
 		return status;
 	for (int i = 0; i < COUNTER_FDS; i++)
-		close(fds[i]);
-	worker->ingress = worker->setup.ingress == MCR_INGRESS_XSK ? &ingress_xsk : &ingress_packet;
-	sockets[0] = fds[COUNTER_FDS]; /* only read by the AF_PACKET ingress, which then has it */
-	status = worker->ingress->open(worker, sockets, socket_count);
+		close(worker->command_fds[i]);
+	status = open_ingress(worker, sockets, socket_count);
 	if (!status)
-		worker->ingress->count(worker);
+		status = confine_privileges(worker);
+	if (!status)
+		status = threads_start(worker);
+	if (!status)
+		status = confine_system_calls(worker);
 	return status;
 }

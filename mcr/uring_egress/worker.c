@@ -1,84 +1,40 @@
 // SPDX-License-Identifier: MIT
 /*
- * The worker's loop: take a batch, relay it, submit, reap. The only place that waits is io_uring, for
- * packets, commands and sends alike; without traffic the worker costs nothing.
+ * The ingress thread's loop: take a batch, relay it, submit, reap. Relaying is sending it, or with egress threads
+ * handing it over to them. Without traffic the worker costs nothing.
  */
 #include <errno.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
+#include <unistd.h>
 
-#include "core.h"
+#include "threads.h"
 
-enum { DRAIN_LIMIT_MS = 500 };
+enum { DRAIN_LIMIT_NS = 500 * 1000 * 1000 };
 
-int worker_fail(struct worker *worker, int error, const char *format, ...)
+int worker_complete(struct reactor *reactor, enum completion_kind kind, uint32_t index, int result,
+		    uint32_t flags)
 {
-	va_list arguments;
+	struct worker *worker = container_of(reactor, struct worker, reactor);
 
-	va_start(arguments, format);
-	vsnprintf(worker->message, sizeof(worker->message), format, arguments);
-	va_end(arguments);
-	return -error;
-}
-
-/* A submission slot. A full queue is submitted first, so that there always is one. */
-struct io_uring_sqe *worker_sqe(struct worker *worker)
-{
-	struct io_uring_sqe *sqe = io_uring_get_sqe(&worker->uring);
-
-	if (!sqe) {
-		io_uring_submit(&worker->uring);
-		sqe = io_uring_get_sqe(&worker->uring);
-	}
-	return sqe;
-}
-
-static int complete(struct worker *worker, const struct io_uring_cqe *cqe)
-{
-	uint32_t index = cqe->user_data >> 8;
-
-	switch (cqe->user_data & 0xff) {
+	switch (kind) {
 	case COMPLETION_SEND:
-		return egress_complete(worker, index, cqe->res);
+		return egress_complete(&worker->egress, index, result);
 	case COMPLETION_COMMAND:
 		worker->command_ready = true;
-		worker->command_result = cqe->res;
+		worker->command_result = result;
 		return 0;
 	case COMPLETION_POLL:
 	case COMPLETION_PACKET:
-		return worker->ingress->complete(worker, index, cqe->res, cqe->flags);
+		return worker->ingress->complete(worker, index, result, flags);
+	case COMPLETION_PIPE:
+		return pipes_written(worker, index, result);
+	case COMPLETION_RETURN:
+		return pipes_returned(worker, result);
 	default:
 		return worker_fail(worker, EPROTO, "a completion of an unknown kind");
 	}
-}
-
-/* Handles every completion that is there. */
-int worker_reap(struct worker *worker)
-{
-	struct io_uring_cqe *cqe;
-
-	while (io_uring_peek_cqe(&worker->uring, &cqe) == 0) {
-		struct io_uring_cqe copy = *cqe;
-		int status;
-
-		io_uring_cqe_seen(&worker->uring, cqe);
-		status = complete(worker, &copy);
-		if (status)
-			return status;
-	}
-	return 0;
-}
-
-int worker_submit_and_reap(struct worker *worker)
-{
-	int status = io_uring_submit(&worker->uring);
-
-	if (status < 0 && status != -EINTR && status != -EAGAIN && status != -EBUSY)
-		return worker_fail(worker, -status, "io_uring: %s", strerror(-status));
-	return worker_reap(worker);
 }
 
 /* Nothing to do: sleeps until something happens, or looks again at once with busy_poll. */
@@ -86,24 +42,15 @@ static int idle(struct worker *worker)
 {
 	int status;
 
-	if (worker->setup.busy_poll || worker->stopping)
-		return worker_submit_and_reap(worker);
+	if (worker->stopping)
+		return reactor_wait_briefly(&worker->reactor);
+	if (worker->setup.busy_poll)
+		return reactor_submit_and_reap(&worker->reactor);
 	status = worker->ingress->arm(worker);
 	if (status)
 		return status;
 	worker->counters->waits++;
-	status = io_uring_submit_and_wait(&worker->uring, 1);
-	if (status < 0 && status != -EINTR)
-		return worker_fail(worker, -status, "io_uring: %s", strerror(-status));
-	return worker_reap(worker);
-}
-
-static uint64_t now_ms(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+	return reactor_wait(&worker->reactor);
 }
 
 static int relay_batch(struct worker *worker)
@@ -112,8 +59,12 @@ static int relay_batch(struct worker *worker)
 
 	worker->counters->batches++;
 	worker->counters->packets += worker->batch_count;
-	status = egress_relay(worker);
-	return status ? status : worker_submit_and_reap(worker);
+	if (worker->pipes)
+		status = pipes_relay(worker);
+	else
+		status = egress_relay(&worker->egress, worker->batch, worker->batch_count);
+	worker->batch_count = 0;
+	return status ? status : reactor_submit_and_reap(&worker->reactor);
 }
 
 /*
@@ -143,8 +94,13 @@ static int handle_command(struct worker *worker)
 	worker->command_ready = false;
 	if (worker->command_result == sizeof(worker->command) && worker->command.type == MCR_DEL_RULE)
 		status = relay_waiting(worker);
+	if (!status && worker->pipes)
+		status = pipes_settle(
+			worker); /* a packet that finds no room is counted by the rules as they were */
 	if (!status)
-		status = commands_complete(worker, worker->command_result);
+		status = commands_handle(worker, worker->command_result);
+	if (!status && worker->pipes)
+		status = reactor_submit_and_reap(&worker->reactor); /* before packets find the pipes in use */
 	if (!status && worker->stopping)
 		status = worker->ingress->stop(worker);
 	return status;
@@ -165,7 +121,7 @@ static int step(struct worker *worker)
 
 static int loop(struct worker *worker)
 {
-	uint64_t deadline_ms = 0;
+	uint64_t deadline_ns = 0;
 
 	for (;;) {
 		int status = step(worker);
@@ -173,9 +129,9 @@ static int loop(struct worker *worker)
 		if (status < 0)
 			return status;
 		if (worker->stopping) {
-			if (!deadline_ms)
-				deadline_ms = now_ms() + DRAIN_LIMIT_MS;
-			else if ((!status && !worker->sends_in_flight) || now_ms() > deadline_ms)
+			if (!deadline_ns)
+				deadline_ns = clock_ns() + DRAIN_LIMIT_NS;
+			else if ((!status && !worker->owned[FRAME_IN_FLIGHT]) || clock_ns() > deadline_ns)
 				return 0;
 		}
 		if (worker->command_ready) {
@@ -186,6 +142,41 @@ static int loop(struct worker *worker)
 	}
 }
 
+static int run(struct worker *worker)
+{
+	int status = commands_receive_setup(worker);
+
+	if (!status)
+		status = commands_arm(worker);
+	if (!status && worker->pipes)
+		status = pipes_arm(worker);
+	if (!status)
+		status = loop(worker);
+	if (status)
+		return status;
+	worker->ingress->count(worker);
+	return commands_reply(worker, 0, NULL, 0, 0);
+}
+
+/* Only the first thread that fails is heard; the others stay here for the moment that is left to them. */
+static void claim_last_words(struct worker *worker)
+{
+	while (__atomic_exchange_n(&worker->dying, true, __ATOMIC_RELAXED))
+		;
+}
+
+/* An egress thread has failed, and the worker with it. */
+_Noreturn void worker_die(struct worker *worker, const char *last_words)
+{
+	char line[MESSAGE_BYTES + 1];
+	int length = snprintf(line, sizeof(line), "%s\n", last_words);
+
+	claim_last_words(worker);
+	if (write(STDERR_FILENO, line, (size_t)length) < 0)
+		_exit(1);
+	_exit(1);
+}
+
 int mcr_worker_run(int command_fd, char *message, size_t message_size)
 {
 	struct worker *worker = calloc(1, sizeof(*worker));
@@ -193,18 +184,11 @@ int mcr_worker_run(int command_fd, char *message, size_t message_size)
 
 	if (!worker)
 		return -ENOMEM;
+	worker->reactor.complete = worker_complete;
 	worker->command_fd = command_fd;
-	status = commands_receive_setup(worker);
-	if (!status)
-		status = confine_worker(worker);
-	if (!status)
-		status = commands_arm(worker);
-	if (!status)
-		status = loop(worker);
-	if (!status) {
-		worker->ingress->count(worker);
-		status = commands_reply(worker, 0, NULL, 0, 0);
-	}
-	snprintf(message, message_size, "%s", worker->message);
+	status = run(worker);
+	if (status)
+		claim_last_words(worker);
+	snprintf(message, message_size, "%s", worker->reactor.message);
 	return status;
 }

@@ -20,8 +20,9 @@ from tests.netns.flows import (
 from tests.netns.lab import Lab
 
 
-def proc_status(pid: int) -> dict[str, str]:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+def proc_status(pid: int, thread: int | None = None) -> dict[str, str]:
+    """What proc(5) tells of a process, or of one of its threads."""
+    lines = Path(f"/proc/{pid}/task/{thread or pid}/status").read_text().splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
