@@ -1,4 +1,4 @@
-"""Egress threads: the exact delivery of one thread, full pipes accounted for, no output held up by another."""
+"""Egress threads: the exact delivery of one thread, full pipes accounted for, no output held up by others."""
 
 import asyncio
 import os
