@@ -1,10 +1,8 @@
 """The supervisor's half of the control socket: it lets clients in and shares itself out among them.
 
-Every limit is in `Limits`. A client costs memory only for what it has sent and not finished, and time only
-for what it asks, within limits of its own and of its user's; what it sends, or fails to read, costs that
-client alone. No client can lock others out: when every place is taken, the user with the most connections
-loses the one that has been idle longest. This module knows no method and no rule; it must never let a client
-wait on another one, and never answer anything that it read with a traceback.
+No client can lock others out: when every place is taken, the user with the most connections loses the one
+that has been idle longest, and root always gets in. This module must never read a request nor answer one;
+connection.py does.
 """
 
 import asyncio
@@ -17,33 +15,26 @@ import socket
 import stat
 import struct
 import time
-import types
-from collections.abc import Awaitable, Callable, Coroutine, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mcr.bucket import TokenBucket
+from mcr.connection import READ_BYTES, Connection, Handler, Limits, Peer
 from mcr.control import not_permitted
 from mcr.errors import ExitStatus, McrError
 from mcr.jsonrpc import (
     BUSY,
-    INTERNAL_ERROR,
-    INVALID_REQUEST,
-    Request,
-    RequestError,
     encode_error,
     encode_mcr_error,
-    encode_result,
-    parse_json,
-    parse_request,
-    request_id,
 )
 
 SO_PEERGROUPS = 59  # asm-generic/socket.h; Python's socket module has no name for it
 MAX_PEER_GROUPS = 256  # Python reads at most 1024 bytes of a socket option
-LISTEN_BACKLOG = 128  # also how many are accepted before anything else is done
-READ_BYTES = 1 << 16
+LISTEN_BACKLOG = 128
+ACCEPTED_AT_ONCE = 32
+ACCEPT_RETRY_S = 0.5
+SWEEP_INTERVAL_S = 10.0
 LOCK_WAIT_S = 1.0
 CLOSE_GRACE_S = 1.0
 PROBE_TIMEOUT_S = 1.0
@@ -54,52 +45,12 @@ GROUP_NAME = "mcr"
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Who is at the other end of a control connection, as the kernel says (SO_PEERCRED, unix(7))."""
-
-    pid: int
-    uid: int
-    gid: int
-    may_write: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What clients may cost the supervisor.
-
-    Costs are counted in tokens: one for a request, one for each `bytes_per_token` of it and one for each
-    `seconds_per_token` that the supervisor's processor spent on it.
-    """
-
-    clients: int = 1024
-    request_bytes: int = 1 << 20
-    unfinished_bytes: int = 8 << 20  # received of all clients together and not yet executed
-    answer_bytes: int = 8 << 20
-    unsent_bytes: int = 32 << 20  # answers that the clients together have not read
-    requests_per_s: int = 1000  # tokens a second of each client
-    user_requests_per_s: int = 3000  # tokens a second of each user but root
-    bytes_per_token: int = 2048
-    seconds_per_token: float = 0.0002
-    write_timeout_s: float = 5.0
-    idle_timeout_s: float = 600.0
-
-
-_T = TypeVar("_T")
-Handler = Callable[[Peer, str, dict[str, Any]], Awaitable[object]]
-
-
 @dataclass(slots=True)
 class _User:
     """What a user's clients have together. `clients` is in the order of the last request, oldest first."""
 
     bucket: TokenBucket
-    clients: dict["_Client", None] = field(default_factory=dict)
-
-
-def _peer_of(connection: socket.socket) -> Peer:
-    size = struct.calcsize("3i")
-    return Peer(*struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)))
+    clients: dict[Connection, None] = field(default_factory=dict)
 
 
 def _peer_groups(connection: socket.socket) -> set[int]:
@@ -166,244 +117,6 @@ async def _lock_directory(directory: Path) -> int:
     return descriptor
 
 
-@types.coroutine
-def _timed(work: Coroutine[Any, Any, _T]) -> Generator[Any, None, tuple[_T, float]]:
-    """The result of the work, and the seconds that the processor spent on it, its waiting left out."""
-    spent_s = 0.0
-    error: BaseException | None = None
-    while True:
-        started_s = time.thread_time()
-        try:
-            awaited = work.send(None) if error is None else work.throw(error)
-        except StopIteration as end:
-            return end.value, spent_s + time.thread_time() - started_s
-        spent_s += time.thread_time() - started_s
-        error = None
-        try:
-            yield awaited
-        except BaseException as raised:
-            error = raised
-
-
-class _Client(asyncio.BufferedProtocol):
-    """One accepted connection. It has a task only while a request of it is handled."""
-
-    __slots__ = (
-        "bucket",
-        "closing",
-        "ended",
-        "last_request_s",
-        "peer",
-        "searched",
-        "server",
-        "task",
-        "transport",
-        "unfinished",
-        "written",
-    )
-
-    transport: asyncio.Transport
-    peer: Peer
-
-    def __init__(self, server: "ControlServer") -> None:
-        self.server = server
-        self.last_request_s = time.monotonic()
-        self.bucket = TokenBucket(server.limits.requests_per_s, self.last_request_s)
-        self.unfinished = bytearray()
-        self.searched = 0
-        self.task: asyncio.Task[None] | None = None
-        self.written: asyncio.Future[None] | None = None
-        self.ended = False  # the client has sent its last byte
-        self.closing = False
-
-    # --- called by the event loop
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        transport.set_write_buffer_limits(high=0)  # so that `send` ends when everything is written
-        self.server.admit(self)
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self.server.scratch
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.unfinished += self.server.scratch[:nbytes]
-        self.server.unfinished_bytes += nbytes
-        self._proceed()
-        self.server.check_unfinished()
-
-    def eof_received(self) -> bool:
-        self.ended = True
-        self._proceed()
-        return True  # answers may still be read
-
-    def pause_writing(self) -> None:
-        self.written = asyncio.get_running_loop().create_future()
-
-    def resume_writing(self) -> None:
-        if self.written is not None and not self.written.done():
-            self.written.set_result(None)
-        self.written = None
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.closing = True
-        if self.written is not None and not self.written.done():
-            self.written.set_exception(ConnectionResetError())
-        self.written = None
-        self.forget_received()
-        if self.task is None:
-            self.server.release(self)
-
-    # --- requests
-
-    def _proceed(self) -> None:
-        """Starts on the next request, if it is whole and none is being handled."""
-        if self.closing:
-            self.forget_received()
-        elif self.task is not None:
-            if len(self.unfinished) > READ_BYTES:
-                self.transport.pause_reading()
-        elif self.unfinished.find(b"\n", self.searched) >= 0:
-            self.task = asyncio.create_task(self._serve(), name="mcr-request")
-            self.task.add_done_callback(self._served)
-        elif len(self.unfinished) > self.server.limits.request_bytes:
-            self._refuse_length()
-        elif self.ended:
-            self.hang_up()
-        else:
-            self.searched = len(self.unfinished)
-
-    def _refuse_length(self) -> None:
-        limit = self.server.limits.request_bytes
-        self.hang_up(encode_error(None, INVALID_REQUEST, f"a request is longer than {limit} bytes"))
-
-    def _forget(self, count: int) -> None:
-        del self.unfinished[:count]
-        self.searched = 0
-        self.server.unfinished_bytes -= count
-
-    def forget_received(self) -> None:
-        """Gives up what has been received and not executed."""
-        self._forget(len(self.unfinished))
-
-    def _take_line(self) -> bytes | None:
-        end = self.unfinished.find(b"\n")
-        if end < 0:
-            return None
-        if end > self.server.limits.request_bytes:
-            self._refuse_length()
-            return None
-        line = bytes(self.unfinished[:end])
-        self._forget(end + 1)
-        return line
-
-    async def _serve(self) -> None:
-        """Handles what has been received, one request after the other, in order."""
-        while not self.closing and (line := self._take_line()) is not None:
-            self.last_request_s = time.monotonic()
-            self.server.was_active(self)
-            if wait_s := self._over_rate(len(line)):
-                rate = self.server.limits.requests_per_s
-                cause = f"more than {rate} requests a second, or fewer that cost as much"
-                await self.send(encode_error(None, BUSY, cause))
-                await asyncio.sleep(wait_s)
-            elif self.server.unsent_bytes > self.server.limits.unsent_bytes:
-                await self.send(encode_error(None, BUSY, "other clients have not read their answers"))
-            else:
-                answer, spent_s = await _timed(self._answer(line))
-                self._charge(spent_s)
-                await self.send(answer)
-            await asyncio.sleep(0)  # what has been received already never yields by itself
-
-    def _served(self, task: asyncio.Task[None]) -> None:
-        self.task = None
-        cause = None if task.cancelled() else task.exception()
-        if cause is not None and not isinstance(cause, TimeoutError | ConnectionError):
-            log.error("a client could not be served", exc_info=cause)
-        if cause is not None or task.cancelled():
-            self.transport.abort()
-        if self.closing or self.transport.is_closing():
-            self.hang_up()
-            self.forget_received()
-            if self.transport.is_closing():
-                self.server.release(self)
-        else:
-            self.transport.resume_reading()
-            self._proceed()
-
-    def _over_rate(self, length: int) -> float:
-        """Takes the tokens of a request; if there are too few, the seconds to wait, else 0."""
-        limits, now_s = self.server.limits, self.last_request_s
-        cost = min(limits.requests_per_s, 1 + length // limits.bytes_per_token)
-        if not self.bucket.take(cost, now_s):
-            return cost / limits.requests_per_s
-        user = self.server.user_of(self)
-        if self.peer.uid and not user.bucket.take(min(cost, limits.user_requests_per_s), now_s):
-            return len(user.clients) / limits.user_requests_per_s + 0.05
-        return 0.0
-
-    def _charge(self, spent_s: float) -> None:
-        """Takes the tokens for what a request cost; a second's worth is the most."""
-        limits, now_s = self.server.limits, time.monotonic()
-        cost = min(limits.requests_per_s, spent_s / limits.seconds_per_token)
-        self.bucket.charge(cost, now_s)
-        self.server.user_of(self).bucket.charge(cost, now_s)
-
-    async def _answer(self, line: bytes) -> bytes:
-        """Executes one request and returns its answer, empty for a notification."""
-        message: object = None
-        try:
-            message = parse_json(line)
-            request = parse_request(message)
-        except RequestError as error:
-            return encode_error(request_id(message), error.code, error.message)
-        answer = await self._execute(request)
-        if len(answer) > self.server.limits.answer_bytes:
-            limit = self.server.limits.answer_bytes
-            answer = encode_error(request.id, INTERNAL_ERROR, f"the answer is longer than {limit} bytes")
-        return b"" if request.notification else answer
-
-    async def _execute(self, request: Request) -> bytes:
-        try:
-            result = await self.server.handler(self.peer, request.method, request.params)
-            return encode_result(request.id, result)
-        except McrError as error:
-            return encode_mcr_error(request.id, error)
-        except RequestError as error:
-            return encode_error(request.id, error.code, error.message)
-        except Exception:
-            log.exception("the request %.64r of pid %d failed", request.method, self.peer.pid)
-            return encode_error(request.id, INTERNAL_ERROR, "internal error, see the supervisor's log")
-
-    async def send(self, data: bytes) -> None:
-        """Writes to a client that must read. Raises TimeoutError if it does not within write_timeout_s."""
-        if not data:
-            return
-        if self.transport.is_closing():
-            raise ConnectionResetError
-        self.server.unsent_bytes += len(data)
-        try:
-            self.transport.write(data)
-            if self.written is not None:
-                async with asyncio.timeout(self.server.limits.write_timeout_s):
-                    await asyncio.shield(self.written)
-        finally:
-            self.server.unsent_bytes -= len(data)
-
-    def hang_up(self, last_words: bytes = b"") -> None:
-        """Closes the connection: what was written is still delivered, for as long as write_timeout_s."""
-        self.closing = True
-        if self.transport.is_closing():
-            return
-        if last_words:
-            self.transport.write(last_words)
-        self.transport.close()
-        if self.transport.get_write_buffer_size():
-            loop = asyncio.get_running_loop()
-            loop.call_later(self.server.limits.write_timeout_s, self.transport.abort)
-
-
 class ControlServer:
     """The supervisor's end of the control socket.
 
@@ -423,9 +136,11 @@ class ControlServer:
         self.scratch = memoryview(bytearray(READ_BYTES))  # every client reads through it, none keeps it
         self.unfinished_bytes = 0
         self.unsent_bytes = 0
-        self._clients: set[_Client] = set()
+        self._clients: set[Connection] = set()
         self._users: dict[int, _User] = {}
-        self._server: asyncio.Server | None = None
+        self._processes: dict[int, TokenBucket] = {}
+        self._connecting: set[asyncio.Task[Any]] = set()
+        self._listener: socket.socket | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._inode = (0, 0)
         self._gid = -1
@@ -459,10 +174,8 @@ class ControlServer:
             ) from error
         status = self.path.stat()
         self._inode, self._gid = (status.st_dev, status.st_ino), status.st_gid
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(
-            lambda: _Client(self), sock=listener, backlog=LISTEN_BACKLOG
-        )
+        self._listener = listener
+        asyncio.get_running_loop().add_reader(listener, self._accept, listener)
         self._sweep()
 
     async def close(self) -> None:
@@ -470,10 +183,11 @@ class ControlServer:
 
         A request that is being handled gets CLOSE_GRACE_S to be answered, then it is cancelled.
         """
-        if self._server is None:
+        if self._listener is None:
             return
-        self._server.close()
-        self._server = None
+        asyncio.get_running_loop().remove_reader(self._listener)
+        self._listener.close()
+        self._listener = None
         if self._sweeper is not None:
             self._sweeper.cancel()
         with contextlib.suppress(FileNotFoundError):
@@ -502,26 +216,60 @@ class ControlServer:
 
     # --- who is let in
 
-    def admit(self, client: _Client) -> None:
-        """Gives a new connection its place, or tells it why not."""
-        connection = client.transport.get_extra_info("socket")
-        peer = _peer_of(connection)
-        may_write = self._may_write(peer, connection)
-        client.peer = Peer(peer.pid, peer.uid, peer.gid, may_write)
-        if self._server is None:
-            client.hang_up()
-        elif not may_write and not self.everyone_reads:
-            client.hang_up(encode_mcr_error(None, not_permitted(self.path)))
-        elif not self._make_room(peer.uid):
-            client.hang_up(encode_error(None, BUSY, f"{len(self._clients)} clients are being served"))
-        else:
-            self._clients.add(client)
-            self.user_of(client).clients[client] = None
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(ACCEPTED_AT_ONCE):
+            try:
+                connection, _ = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:  # no descriptor or no memory left: connections wait in the backlog
+                log.error("cannot accept a client: %s", error.strerror)
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(listener)
+                loop.call_later(ACCEPT_RETRY_S, self._accept_again, listener)
+                return
+            with contextlib.suppress(OSError):  # it has left already
+                self._admit(connection)
 
-    def _may_write(self, peer: Peer, connection: socket.socket) -> bool:
-        if peer.uid in (0, os.geteuid()) or peer.gid == self._gid:
-            return True
-        return self._gid in _peer_groups(connection)
+    def _accept_again(self, listener: socket.socket) -> None:
+        if self._listener is listener:
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
+    def _admit(self, connection: socket.socket) -> None:
+        """Gives a new connection its place, or tells it why not, which costs next to nothing."""
+        connection.setblocking(False)
+        peer = self._peer_of(connection)
+        if refusal := self._refusal(peer):
+            with connection:
+                connection.send(refusal)
+            return
+        client = Connection(self, peer)
+        self._clients.add(client)
+        self.user_of(client).clients[client] = None
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(loop.connect_accepted_socket(lambda: client, connection))
+        self._connecting.add(task)  # the loop itself keeps no task alive
+        task.add_done_callback(self._connecting.discard)
+
+    def _peer_of(self, connection: socket.socket) -> Peer:
+        size = struct.calcsize("3i")
+        packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        pid, uid, gid = struct.unpack("3i", packed)
+        may_write = uid in (0, os.geteuid()) or self._gid in (gid, *_peer_groups(connection))
+        return Peer(pid, uid, gid, may_write)
+
+    def _refusal(self, peer: Peer) -> bytes:
+        """Why the peer is not let in; empty if it is."""
+        now_s = time.monotonic()
+        if peer.pid not in self._processes:
+            self._processes[peer.pid] = TokenBucket(self.limits.connections_per_s, now_s)
+        if not self._processes[peer.pid].take(1, now_s):
+            return encode_error(None, BUSY, f"more than {self.limits.connections_per_s} connections a second")
+        if not peer.may_write and not self.everyone_reads:
+            return encode_mcr_error(None, not_permitted(self.path))
+        if not self._make_room(peer.uid):
+            return encode_error(None, BUSY, f"{len(self._clients)} clients are being served")
+        return b""
 
     def _make_room(self, uid: int) -> bool:
         """Whether there is a place for one more of that user's, if need be at the cost of another client.
@@ -538,7 +286,7 @@ class ControlServer:
             idle.hang_up(encode_error(None, BUSY, "disconnected to make room for another client"))
         return idle is not None or uid == 0
 
-    def user_of(self, client: _Client) -> _User:
+    def user_of(self, client: Connection) -> _User:
         """What the client shares with the other clients of its user."""
         uid = client.peer.uid
         if uid not in self._users:
@@ -546,13 +294,13 @@ class ControlServer:
             self._users[uid] = _User(bucket)
         return self._users[uid]
 
-    def was_active(self, client: _Client) -> None:
+    def was_active(self, client: Connection) -> None:
         """Moves the client behind all others in the order of idleness."""
         clients = self.user_of(client).clients
         if clients.pop(client, client) is None:
             clients[client] = None
 
-    def release(self, client: _Client) -> None:
+    def release(self, client: Connection) -> None:
         """Gives the client's place away."""
         if client in self._clients:
             self._clients.discard(client)
@@ -568,7 +316,7 @@ class ControlServer:
             largest.forget_received()
 
     def _sweep(self) -> None:
-        """Disconnects who has asked nothing for too long, and forgets users of whom nobody is left."""
+        """Disconnects who has asked nothing for too long, and forgets users and processes that are gone."""
         now_s = time.monotonic()
         for uid, user in list(self._users.items()):
             for client in list(user.clients):
@@ -578,5 +326,8 @@ class ControlServer:
                     client.hang_up()
             if not user.clients and now_s - user.bucket.refilled_s > 1:
                 del self._users[uid]
-        interval_s = min(10.0, self.limits.idle_timeout_s / 4)
+        for pid, bucket in list(self._processes.items()):
+            if now_s - bucket.refilled_s > 1:
+                del self._processes[pid]
+        interval_s = min(SWEEP_INTERVAL_S, self.limits.idle_timeout_s / 4)
         self._sweeper = asyncio.get_running_loop().call_later(interval_s, self._sweep)

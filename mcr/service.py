@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from mcr import metrics, views
 from mcr.config import Attachment, Config, load_config, parse_attachment, parse_listen, parse_rule
+from mcr.connection import Peer
 from mcr.control import socket_path
-from mcr.control_server import ControlServer, Peer
+from mcr.control_server import ControlServer
 from mcr.errors import ExitStatus, McrError
 from mcr.explain import MAX_PAYLOAD_BYTES, Query, explain
 from mcr.jsonrpc import INVALID_PARAMS, METHOD_NOT_FOUND, RequestError

@@ -96,7 +96,7 @@ def random_messages(lab: Lab, relay: Namespace, ended: threading.Event) -> None:
 def comings_and_goings(lab: Lab, relay: Namespace, ended: threading.Event) -> None:
     """Clients that connect and leave at once, with and without a request that nobody waits for."""
     while not ended.is_set():
-        with connect(lab, relay) as client:
+        with connect(lab, relay) as client, contextlib.suppress(ConnectionError):
             client.send(STATUS[: random.randrange(len(STATUS) + 1)])
 
 

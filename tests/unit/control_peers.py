@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mcr import control
+from mcr.connection import Limits, Peer
 from mcr.control import ControlClient
-from mcr.control_server import ControlServer, Limits, Peer
+from mcr.control_server import ControlServer
 from mcr.errors import ExitStatus, McrError
 from mcr.jsonrpc import METHOD_NOT_FOUND, RequestError
 

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcr.bucket import TokenBucket
+from mcr.connection import Limits, Peer
 from mcr.control import ControlClient, socket_path
-from mcr.control_server import ControlServer, Limits, Peer
+from mcr.control_server import ControlServer
 from mcr.errors import ExitStatus, McrError
 from mcr.jsonrpc import (
     INVALID_PARAMS,

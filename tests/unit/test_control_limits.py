@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from mcr.connection import Limits
 from mcr.control import ControlClient
-from mcr.control_server import Limits
 from mcr.errors import McrError
 from mcr.jsonrpc import (
     BUSY,
