@@ -256,9 +256,9 @@ class Connection(asyncio.BufferedProtocol):
         return 0.0
 
     def _charge(self, spent_s: float) -> None:
-        """Takes the tokens for what a request cost; a second's worth is the most."""
+        """Takes the tokens for what a request cost; a second's debt is the most."""
         limits, now_s = self.server.limits, time.monotonic()
-        cost = min(limits.requests_per_s, spent_s / limits.seconds_per_token)
+        cost = min(2 * limits.requests_per_s, spent_s / limits.seconds_per_token)
         self.bucket.charge(cost, now_s)
         self.server.user_of(self).bucket.charge(cost, now_s)
 

@@ -7,6 +7,7 @@ method and no rule, and must never import what a command that only asks does not
 import os
 import re
 import socket
+import struct
 import time
 from pathlib import Path
 from types import TracebackType
@@ -128,12 +129,13 @@ class ControlClient:
         while True:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                connection.settimeout(_remaining_s(deadline_s))
+                # A blocking connect waits its turn while the backlog is full; Python's timeout would not.
+                timeout = struct.pack("ll", *divmod(int(_remaining_s(deadline_s) * 1e6) + 1, 1_000_000))
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
                 connection.connect(str(self.path))
                 return connection
-            except BlockingIOError:  # the backlog is full, unix(7)
+            except BlockingIOError:  # that timeout, socket(7)
                 connection.close()
-                time.sleep(min(0.01, _remaining_s(deadline_s)))
             except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
                 connection.close()
                 raise McrError(

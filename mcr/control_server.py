@@ -32,7 +32,7 @@ from mcr.jsonrpc import (
 SO_PEERGROUPS = 59  # asm-generic/socket.h; Python's socket module has no name for it
 MAX_PEER_GROUPS = 256  # Python reads at most 1024 bytes of a socket option
 LISTEN_BACKLOG = 128
-ACCEPTED_AT_ONCE = 32
+ACCEPTED_AT_ONCE, REFUSED_AT_ONCE = 32, 256
 ACCEPT_RETRY_S = 0.5
 SWEEP_INTERVAL_S = 10.0
 LOCK_WAIT_S = 1.0
@@ -217,7 +217,10 @@ class ControlServer:
     # --- who is let in
 
     def _accept(self, listener: socket.socket) -> None:
-        for _ in range(ACCEPTED_AT_ONCE):
+        full = len(self._clients) + ACCEPTED_AT_ONCE
+        for _ in range(REFUSED_AT_ONCE):
+            if len(self._clients) >= full:
+                return
             try:
                 connection, _ = listener.accept()
             except BlockingIOError:

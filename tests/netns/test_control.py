@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -111,16 +111,17 @@ def unread_answers(lab: Lab, relay: Namespace, ended: threading.Event) -> None:
             ended.wait(1)
 
 
+Attacker = Callable[[Lab, Namespace, threading.Event], None]
+ATTACKERS: tuple[Attacker, ...] = (drip, endless_line, random_messages, unread_answers)
+
+
 @contextlib.contextmanager
-def attack(lab: Lab, relay: Namespace, idle: int) -> Iterator[None]:
+def attack(lab: Lab, relay: Namespace, idle: int, attackers: Sequence[Attacker]) -> Iterator[None]:
     """All of that at once, for as long as the context lasts, beside so many idle clients."""
-    attackers: tuple[Callable[[Lab, Namespace, threading.Event], None], ...] = (
-        drip, endless_line, random_messages, comings_and_goings, unread_answers,
-    )  # fmt: skip
     ended = threading.Event()
     failures: list[BaseException] = []
 
-    def run(attacker: Callable[[Lab, Namespace, threading.Event], None]) -> None:
+    def run(attacker: Attacker) -> None:
         try:
             attacker(lab, relay, ended)
         except (BrokenPipeError, ConnectionResetError):
@@ -166,12 +167,12 @@ def ask_all_the_time(lab: Lab, relay: Namespace, seconds: float) -> list[float]:
     return durations_s
 
 
-def check_under_attack(lab: Lab, idle: int, seconds: int) -> None:
+def check_under_attack(lab: Lab, idle: int, seconds: int, attackers: Sequence[Attacker]) -> None:
     topology = lab.topology_relay()
     supervisor = lab.supervisor(topology.relay, config=config(("cam", GROUP_IN, [GROUP_OUT]), path="worker"))
     count = 1000 * (seconds + 2)
     sink = listen(lab, topology.dst, GROUP_HEARD, "--expect", str(count), "--idle", "3")
-    with attack(lab, topology.relay, idle):
+    with attack(lab, topology.relay, idle, attackers):
         source = spawn_send(lab, topology.src, GROUP_SENT, "--count", str(count), "--rate", "1000")
         durations_s = ask_all_the_time(lab, topology.relay, seconds)
         sent = report(source)
@@ -185,12 +186,12 @@ def check_under_attack(lab: Lab, idle: int, seconds: int) -> None:
 
 
 def test_hostile_clients_hold_up_neither_status_nor_a_packet(lab: Lab) -> None:
-    check_under_attack(lab, idle=500, seconds=2)
+    check_under_attack(lab, 500, 2, ATTACKERS)
 
 
 @pytest.mark.soak
 def test_hostile_clients_hold_up_nothing_for_a_minute(lab: Lab) -> None:
-    check_under_attack(lab, idle=1500, seconds=60)
+    check_under_attack(lab, 1500, 60, (*ATTACKERS, comings_and_goings))
 
 
 AS_NOBODY = """

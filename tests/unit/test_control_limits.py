@@ -134,7 +134,10 @@ def test_answers_that_nobody_reads_take_no_more_memory_than_the_limit(path: Path
 
 
 def test_a_costly_request_is_paid_for_before_the_next_one(path: Path) -> None:
-    with Running(path, Limits(seconds_per_token=0.0001)) as server, server.connect() as raw:
+    with (
+        Running(path, Limits(requests_per_s=100, seconds_per_token=0.001)) as server,
+        server.connect() as raw,
+    ):
         raw.send(request("spin", 1, seconds=0.2) + request("echo", 2))
         assert raw.answer()["result"] == "spun"
         assert raw.answer()["error"]["code"] == BUSY
