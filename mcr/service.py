@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mcr import metrics, views
+from mcr import logs, metrics, views
 from mcr.config import Attachment, Config, load_config, parse_attachment, parse_listen, parse_rule
 from mcr.connection import Peer
 from mcr.control import socket_path
@@ -85,6 +85,19 @@ async def _stats(supervisor: Supervisor, params: dict[str, Any]) -> object:
     return views.stats(supervisor, _name(params))
 
 
+async def _joins(supervisor: Supervisor, _: dict[str, Any]) -> object:
+    return views.joins(supervisor)
+
+
+async def _log(_: Supervisor, __: dict[str, Any]) -> object:
+    return {"level": logs.level()}
+
+
+async def _log_set(_: Supervisor, params: dict[str, Any]) -> object:
+    logs.set_level(_text(params, "level"))
+    return None
+
+
 async def _reload(supervisor: Supervisor, _: dict[str, Any]) -> object:
     await supervisor.reload()
     return None
@@ -117,6 +130,9 @@ METHODS: dict[str, tuple[Method, bool]] = {
     "stats": (_stats, True),
     "reload": (_reload, False),
     "explain": (_explain, True),
+    "joins": (_joins, True),
+    "log": (_log, True),
+    "log.set": (_log_set, False),
 }
 
 

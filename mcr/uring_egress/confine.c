@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 /*
  * The loss of every privilege after set-up: another user, no capability, no way to gain one, and only the
- * system calls that the loop needs. A worker that is taken over can use what it holds and open nothing.
+ * system calls that the loop needs. A worker that is taken over can use what it holds and open nothing; the
+ * process that holds the joins can open UDP sockets and join groups on them, and nothing else.
  */
 #include <errno.h>
 #include <grp.h>
@@ -26,8 +27,24 @@
 #error "name this architecture's AUDIT_ARCH for the seccomp filter"
 #endif
 
-#define ALLOW(name)                                                                                          \
-	BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_##name, 0, 1), BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)
+#define LOAD(field) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
+/* The low half of an argument, which is all of an int (both architectures are little-endian). */
+#define LOAD_ARGUMENT(index) LOAD(args[index])
+#define RETURN(action) BPF_STMT(BPF_RET | BPF_K, action)
+/* Skips so many instructions if the accumulator is the value, or is not. */
+#define SKIP_IF(value, count) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, count, 0)
+#define SKIP_UNLESS(value, count) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, 0, count)
+
+#define KILL RETURN(SECCOMP_RET_KILL_PROCESS)
+#define ALLOW(name) SKIP_UNLESS(SYS_##name, 1), RETURN(SECCOMP_RET_ALLOW)
+#define BEGIN LOAD(arch), SKIP_IF(NATIVE_ARCH, 1), KILL, LOAD(nr)
+
+static int apply_filter(struct sock_filter *filter, size_t count)
+{
+	struct sock_fprog program = {.len = (unsigned short)count, .filter = filter};
+
+	return prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program);
+}
 
 static int clear_capabilities(void)
 {
@@ -38,13 +55,10 @@ static int clear_capabilities(void)
 }
 
 /* Anything else than these kills the process (seccomp(2)). Needs no_new_privs. */
-static int filter_system_calls(void)
+static int filter_worker(void)
 {
 	struct sock_filter filter[] = {
-		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, arch)),
-		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, NATIVE_ARCH, 1, 0),
-		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
-		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+		BEGIN,
 		ALLOW(io_uring_enter),
 		ALLOW(io_uring_register), /* sockets of new outputs */
 		ALLOW(recvfrom),	  /* wakes the driver of an AF_XDP socket */
@@ -60,16 +74,80 @@ static int filter_system_calls(void)
 		ALLOW(brk), /* Python, between the core's end and the exit */
 		ALLOW(mmap),
 		ALLOW(munmap),
-		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
+		KILL,
 	};
-	struct sock_fprog program = {.len = sizeof(filter) / sizeof(filter[0]), .filter = filter};
 
-	return prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program);
+	return apply_filter(filter, sizeof(filter) / sizeof(filter[0]));
+}
+
+/*
+ * What the loop of membership_process.py needs: sockets for UDP alone, and of their options those that join
+ * and leave (RFC 3678).
+ */
+static int filter_joins(void)
+{
+	struct sock_filter filter[] = {
+		BEGIN,
+		ALLOW(recvfrom),
+		ALLOW(sendto),
+		ALLOW(close),
+		ALLOW(write), /* last words */
+		ALLOW(exit_group),
+		ALLOW(rt_sigreturn),
+		ALLOW(restart_syscall),
+		ALLOW(brk),
+		ALLOW(mmap),
+		ALLOW(mremap),
+		ALLOW(munmap),
+		ALLOW(madvise),
+
+		SKIP_UNLESS(SYS_socket, 9),
+		LOAD_ARGUMENT(0),
+		SKIP_IF(AF_INET, 1),
+		SKIP_UNLESS(AF_INET6, 5),
+		LOAD_ARGUMENT(1),
+		SKIP_UNLESS(SOCK_DGRAM | SOCK_CLOEXEC, 3),
+		LOAD_ARGUMENT(2),
+		SKIP_UNLESS(0, 1), /* the protocol */
+		RETURN(SECCOMP_RET_ALLOW),
+		KILL,
+
+		SKIP_UNLESS(SYS_setsockopt, 9),
+		LOAD_ARGUMENT(1),
+		SKIP_IF(IPPROTO_IP, 1),
+		SKIP_UNLESS(IPPROTO_IPV6, 5),
+		LOAD_ARGUMENT(2),
+		SKIP_IF(MCAST_JOIN_GROUP, 2),
+		SKIP_IF(MCAST_LEAVE_GROUP, 1),
+		SKIP_UNLESS(MCAST_JOIN_SOURCE_GROUP, 1),
+		RETURN(SECCOMP_RET_ALLOW),
+		KILL,
+
+		KILL,
+	};
+
+	return apply_filter(filter, sizeof(filter) / sizeof(filter[0]));
+}
+
+static int become(uid_t user, gid_t group)
+{
+	return setgroups(0, NULL) || setresgid(group, group, group) || setresuid(user, user, user);
 }
 
 int mcr_core_confine(void)
 {
-	if (clear_capabilities() || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || filter_system_calls())
+	if (clear_capabilities() || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || filter_worker())
+		return -errno;
+	return 0;
+}
+
+int mcr_core_confine_joins(uint32_t user, uint32_t group)
+{
+	if (geteuid() == 0 && become(user, group))
+		return -errno;
+	/* After the change of user, which clears it. */
+	if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) || clear_capabilities() ||
+	    prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || filter_joins())
 		return -errno;
 	return 0;
 }
@@ -80,7 +158,7 @@ int confine_worker(struct worker *worker)
 	gid_t group = worker->setup.group_id;
 	int status;
 
-	if (user && (setgroups(0, NULL) || setresgid(group, group, group) || setresuid(user, user, user)))
+	if (user && become(user, group))
 		return worker_fail(worker, errno, "cannot become user %u: %s", user, strerror(errno));
 	/* After the change of user, which clears it. */
 	if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
