@@ -14,6 +14,7 @@ from mcr.logs import harmless
 LINES_PER_S = 20
 LINE_BYTES = 1000  # what is shown of a line
 READ_BYTES = 1 << 16
+TELL_AFTER_S = 1.0
 
 
 class LineLog:
@@ -35,7 +36,7 @@ class LineLog:
         """Reads to the end of the stream."""
         while True:
             try:
-                async with asyncio.timeout(1.0 if self._suppressed else None):
+                async with asyncio.timeout(TELL_AFTER_S if self._suppressed else None):
                     data = await stream.read(READ_BYTES)
             except TimeoutError:
                 self._tell_suppressed()

@@ -68,7 +68,7 @@ class WorkerProcess:
         self._hello: asyncio.Future[str] = self._loop.create_future()
         self._loop.add_reader(command_socket, self._read_replies)
         assert process.stderr is not None
-        self._lines = LineLog(self.log, logging.ERROR, worker=name, interface=name)
+        self._lines = LineLog(self.log, logging.ERROR, worker=name, interface=name.partition("/")[0])
         self._stderr = asyncio.create_task(self._lines.follow(process.stderr), name=f"mcr-stderr-{name}")
 
     @classmethod
