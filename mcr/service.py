@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mcr import logs, metrics, views
+from mcr import logs, metrics, privileges, views
 from mcr.config import Attachment, Config, load_config, parse_attachment, parse_listen, parse_rule
 from mcr.connection import Peer
 from mcr.control import socket_path
@@ -192,6 +192,7 @@ async def run(
     """
     config = load_config(config_paths)
     address = _metrics_address(config, metrics_option)
+    privileges.check()
     service = Service()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
