@@ -11,10 +11,10 @@ C_FILES := $(filter-out $(wildcard mcr/_*.c mcr/*/_*.c), \
 	$(wildcard bench/*.[ch] bpf/*.[ch] mcr/*.[ch] mcr/*/*.[ch] tests/c/*.[ch]))
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test soak bench lint format install uninstall clean distclean
+.PHONY: help build demo test soak bench lint format install uninstall install-service uninstall-service clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## install what is missing and compile the C modules
 	@scripts/set-up
@@ -46,6 +46,12 @@ install: build ## install the program in /opt/mcr and a link to it in PREFIX/bin
 
 uninstall: ## remove what `make install` made (root)
 	@scripts/as-root rm -rf "$(MCR_HOME)" "$(PREFIX)/bin/mcr"
+
+install-service: ## install the systemd unit and what belongs to it (root; PREFIX, DESTDIR)
+	@$(if $(DESTDIR),,scripts/as-root) scripts/install-service install "$(PREFIX)" "$(DESTDIR)"
+
+uninstall-service: ## remove what `make install-service` made, but the configuration (root)
+	@$(if $(DESTDIR),,scripts/as-root) scripts/install-service uninstall "$(PREFIX)" "$(DESTDIR)"
 
 clean: ## remove what was compiled, and caches
 	rm -rf build dist mcr.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

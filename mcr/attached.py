@@ -64,6 +64,7 @@ class AttachedInterface:
         self.ingress: Literal["", "xsk", "packet"] = ""
         self.queue_count = 0
         self.spec = InterfaceSpec()
+        self._log = logging.LoggerAdapter(log, {"interface": attachment.interface})
         self.seats = [
             Seat(attachment.interface, index, slot, xsk_base, maps) for index, slot in enumerate(slots)
         ]
@@ -203,9 +204,9 @@ class AttachedInterface:
         queues = await self._count_queues()
         if queues == self.queue_count:
             return
-        log.info("%s: %d receive queues instead of %d", self.name, queues, self.queue_count)
+        self._log.info("%s: %d receive queues instead of %d", self.name, queues, self.queue_count)
         if queues < len(self.seats):
-            log.warning("%s: only %d of %d workers have a queue", self.name, queues, len(self.seats))
+            self._log.warning("%s: only %d of %d workers have a queue", self.name, queues, len(self.seats))
         self.queue_count = queues
         setups = dict(enumerate(self._choose_setups(facts)))
         concerned = [seat for seat in self.seats if seat.setup != setups.get(seat.index)]
@@ -237,12 +238,12 @@ class AttachedInterface:
         except loader.XdpUnsupportedError as error:
             if self.attachment.ingress != "auto" or mode != "auto":
                 raise
-            log.warning("%s; using AF_PACKET", error)
+            self._log.warning("%s; using AF_PACKET", error)
             self.ingress = "packet"
             return
         self.mode = self._link.mode
         self._pin_link(facts)
-        log.info("%s: attached in %s mode", self.name, self.mode)
+        self._log.info("%s: attached in %s mode", self.name, self.mode)
 
     def _pin_link(self, facts: InterfaceFacts) -> None:
         if self.keep and self._link is not None and self._link.pin is None:

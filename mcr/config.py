@@ -34,13 +34,15 @@ from mcr.stream import Address, check_interface_name, parse_address, parse_outpu
 Mode: TypeAlias = Literal["auto", "native", "generic"]
 Ingress: TypeAlias = Literal["auto", "xsk", "packet"]
 ZeroCopy: TypeAlias = Literal["auto", "on", "off"]
+ControlRead: TypeAlias = Literal["group", "all"]
 KeyPath: TypeAlias = tuple[str | int, ...]
 
 MAX_FILE_BYTES = 4 * 1024 * 1024
 MAX_CPU = 8191  # NR_CPUS at most, linux/threads.h
 
-_KEYS = ("metrics", "attach", "rule")
+_KEYS = ("metrics", "attach", "rule", "control")
 _METRICS_KEYS = ("listen",)
+_CONTROL_KEYS = ("read",)
 _ATTACH_KEYS = ("interface", "mode", "ingress", "zero_copy", "busy_poll", "workers", "egress_threads", "cpus")
 _RULE_KEYS = ("name", "from", "to", "path")
 
@@ -68,11 +70,15 @@ class Attachment:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What the files say. metrics_listen is `ADDR:PORT`, None if there shall be no metrics."""
+    """What the files say. metrics_listen is `ADDR:PORT`, None if there shall be no metrics.
+
+    control_read: who may look by the control socket, the users who may also change something or all.
+    """
 
     attachments: tuple[Attachment, ...] = ()
     rules: tuple[Rule, ...] = ()
     metrics_listen: str | None = None
+    control_read: ControlRead = "group"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +113,8 @@ NOWHERE = Place()
 
 
 def load_config(paths: Sequence[Path]) -> Config:
-    """The configuration that the files make together, in their order; the last `metrics.listen` counts.
+    """The configuration that the files make together, in their order; the last `metrics.listen` and
+    `control.read` count.
 
     Raises McrError for the first thing wrong in any of them, and for rules that cannot go together or that no
     interface whatsoever could carry. A rule's input interface need not be attached.
@@ -115,17 +122,19 @@ def load_config(paths: Sequence[Path]) -> Config:
     attachments: list[Attachment] = []
     rules: list[Rule] = []
     metrics_listen: str | None = None
+    control_read: ControlRead = "group"
     for path in paths:
         table, place = _read(path)
         _check_keys(table, _KEYS, place, "a configuration")
         metrics_listen = _metrics_listen(table, place, metrics_listen)
+        control_read = _control_read(table, place, control_read)
         attachments += [parse_attachment(*item) for item in _tables(table, "attach", place)]
         rules += [parse_rule(*item) for item in _tables(table, "rule", place)]
     _check_attachments(attachments)
     check_rules(rules)
     for rule in rules:
         plan(rule, {})
-    return Config(tuple(attachments), tuple(rules), metrics_listen)
+    return Config(tuple(attachments), tuple(rules), metrics_listen, control_read)
 
 
 def parse_attachment(table: Mapping[str, object], place: Place = NOWHERE) -> Attachment:
@@ -186,16 +195,30 @@ def parse_listen(text: str) -> tuple[Address, int] | None:
 
 def _metrics_listen(table: Mapping[str, object], place: Place, before: str | None) -> str | None:
     """What the file says, or before if it says nothing."""
-    metrics = table.get("metrics", {})
-    place = place.under("metrics")
-    if not isinstance(metrics, dict):
-        raise McrError(f"metrics is {_kind(metrics)}, not a table", "write [metrics]", place.where)
-    _check_keys(metrics, _METRICS_KEYS, place, "[metrics]")
+    metrics, place = _settings(table, "metrics", _METRICS_KEYS, place)
     if "listen" not in metrics:
         return before
     text = _text(metrics, "listen", place)
     with _located(place.under("listen")):
         return text if parse_listen(text) else None
+
+
+def _control_read(table: Mapping[str, object], place: Place, before: ControlRead) -> ControlRead:
+    """What the file says, or before if it says nothing."""
+    control, place = _settings(table, "control", _CONTROL_KEYS, place)
+    return _word(control, "read", get_args(ControlRead), before, place)
+
+
+def _settings(
+    table: Mapping[str, object], key: str, keys: Sequence[str], place: Place
+) -> tuple[Mapping[str, object], Place]:
+    """The one table of that name, empty if there is none, and its place."""
+    settings = table.get(key, {})
+    place = place.under(key)
+    if not isinstance(settings, dict):
+        raise McrError(f"{key} is {_kind(settings)}, not a table", f"write [{key}]", place.where)
+    _check_keys(settings, keys, place, f"[{key}]")
+    return settings, place
 
 
 def _check_attachment(attachment: Attachment, place: Place) -> None:

@@ -64,6 +64,7 @@ class Seat:
         self.index = index
         self.slot = slot
         self.name = f"{interface}/{index}" if index else interface
+        self._log = logging.LoggerAdapter(log, {"worker": self.name, "interface": interface})
         self.setup: WorkerSetup | None = None
         self.zero_copy = False
         self.restarts = 0
@@ -173,13 +174,13 @@ class Seat:
             for fd in sockets:  # only the worker keeps them, so that they end with it
                 os.close(fd)
         self.pending = ""
-        log.info("%s: worker %d takes traffic", self.name, worker.pid)
+        self._log.info("%s: worker %d takes traffic", self.name, worker.pid)
 
     async def _or_replace(self, worker: WorkerProcess, telling: Coroutine[Any, Any, None]) -> None:
         try:
             await telling
         except WorkerGoneError as error:
-            log.error("%s: worker %d: %s", self.name, worker.pid, error)
+            self._log.error("%s: worker %d: %s", self.name, worker.pid, error)
             worker.kill()  # upon which the keeper starts another
 
     async def _tell_new(self, worker: WorkerProcess) -> None:
@@ -257,7 +258,7 @@ class Seat:
         self._ends_s.clear()
         if self.crash_loop:
             self.crash_loop = False
-            log.info("%s: its worker is stable again", self.name)
+            self._log.info("%s: its worker is stable again", self.name)
 
     async def _bury(self, cause: str) -> None:
         """Ends what is left of a worker that has failed, and keeps its last words as the reason."""
@@ -267,7 +268,7 @@ class Seat:
         self._close_ingress()
         worker.kill()
         await worker.end()
-        log.error("%s: worker %d: %s", self.name, worker.pid, cause)
+        self._log.error("%s: worker %d: %s", self.name, worker.pid, cause)
         self.pending = f"its worker is being restarted: {worker.last_words or cause}"
         self._count_end(worker.last_words or cause)
 
@@ -277,7 +278,7 @@ class Seat:
         often = len(self._ends_s) == CRASH_LOOP_ENDS and now_s - self._ends_s[0] < CRASH_LOOP_WITHIN_S
         if often and not self.crash_loop:
             self.crash_loop = True
-            log.error(
+            self._log.error(
                 "%s: crash loop: its workers ended %d times in %.0f s, the last one with: %s",
                 *(self.name, CRASH_LOOP_ENDS, now_s - self._ends_s[0], cause),
             )

@@ -7,15 +7,18 @@ must never decide anything about rules or interfaces.
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mcr import metrics, views
+from mcr import logs, metrics, privileges, views
 from mcr.config import Attachment, Config, load_config, parse_attachment, parse_listen, parse_rule
-from mcr.control import ControlServer, Peer, socket_path
-from mcr.errors import McrError
+from mcr.connection import Peer
+from mcr.control import socket_path
+from mcr.control_server import ControlServer
+from mcr.errors import ExitStatus, McrError
 from mcr.explain import MAX_PAYLOAD_BYTES, Query, explain
 from mcr.jsonrpc import INVALID_PARAMS, METHOD_NOT_FOUND, RequestError
 from mcr.notify import keep_alive, notify, reloading
@@ -82,6 +85,19 @@ async def _stats(supervisor: Supervisor, params: dict[str, Any]) -> object:
     return views.stats(supervisor, _name(params))
 
 
+async def _joins(supervisor: Supervisor, _: dict[str, Any]) -> object:
+    return views.joins(supervisor)
+
+
+async def _log(_: Supervisor, __: dict[str, Any]) -> object:
+    return {"level": logs.level()}
+
+
+async def _log_set(_: Supervisor, params: dict[str, Any]) -> object:
+    logs.set_level(_text(params, "level"))
+    return None
+
+
 async def _reload(supervisor: Supervisor, _: dict[str, Any]) -> object:
     await supervisor.reload()
     return None
@@ -103,16 +119,20 @@ async def _explain(supervisor: Supervisor, params: dict[str, Any]) -> object:
     return explain(query, await gather(supervisor, query))
 
 
-METHODS: dict[str, Method] = {
-    "attach": _attach,
-    "detach": _detach,
-    "rule.add": _rule_add,
-    "rule.del": _rule_del,
-    "rule.show": _rule_show,
-    "status": _status,
-    "stats": _stats,
-    "reload": _reload,
-    "explain": _explain,
+# name: (method, whether it only reads)
+METHODS: dict[str, tuple[Method, bool]] = {
+    "attach": (_attach, False),
+    "detach": (_detach, False),
+    "rule.add": (_rule_add, False),
+    "rule.del": (_rule_del, False),
+    "rule.show": (_rule_show, True),
+    "status": (_status, True),
+    "stats": (_stats, True),
+    "reload": (_reload, False),
+    "explain": (_explain, True),
+    "joins": (_joins, True),
+    "log": (_log, True),
+    "log.set": (_log_set, False),
 }
 
 
@@ -124,11 +144,22 @@ class Service:
 
     async def handle(self, peer: Peer, method: str, params: dict[str, Any]) -> object:
         if method not in METHODS:
-            raise RequestError(METHOD_NOT_FOUND, f"there is no method {method}")
+            raise RequestError(METHOD_NOT_FOUND, f"there is no method {method:.64}")
+        call, only_reads = METHODS[method]
+        if not only_reads and not peer.may_write:
+            raise _read_only(method)
         if self.supervisor is None:
             raise McrError("the supervisor is starting", "try again in a moment")
         log.debug("pid %d (uid %d): %s", peer.pid, peer.uid, method)
-        return await METHODS[method](self.supervisor, params)
+        return await call(self.supervisor, params)
+
+
+def _read_only(method: str) -> McrError:
+    return McrError(
+        f"this user may look and change nothing: {method} needs root or the group of the control socket",
+        "use sudo, or become a member of the socket's group (mcr, where there is one)",
+        status=ExitStatus.NOT_PERMITTED,
+    )
 
 
 def _metrics_address(config: Config, option: str | None) -> tuple[str, int] | None:
@@ -136,6 +167,12 @@ def _metrics_address(config: Config, option: str | None) -> tuple[str, int] | No
     text = option if option is not None else config.metrics_listen
     listen = parse_listen(text) if text is not None else None
     return (str(listen[0]), listen[1]) if listen else None
+
+
+def _raise_file_limit() -> None:
+    """Clients, maps and workers take descriptors; the soft limit is for select(2), unused here."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def run(
@@ -153,13 +190,17 @@ async def run(
     replace_kept starts afresh where an earlier supervisor has left it. ready is called when everything asked
     for is in place.
     """
-    address = _metrics_address(load_config(config_paths), metrics_option)
+    config = load_config(config_paths)
+    address = _metrics_address(config, metrics_option)
+    privileges.check()
     service = Service()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server = ControlServer(socket_path(instance), service.handle)
+    _raise_file_limit()
+    everyone_reads = config.control_read == "all"
+    server = ControlServer(socket_path(instance), service.handle, everyone_reads=everyone_reads)
     async with contextlib.AsyncExitStack() as stack:
         await server.start()
         stack.push_async_callback(server.close)

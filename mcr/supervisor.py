@@ -300,8 +300,7 @@ class Supervisor:
         self.maps.set_lookups(needed)
         if self.desired.memberships == joined and self.membership.held == len(joined):
             return
-        for failure in await self.membership.set(self.desired.memberships):
-            log.error("%s (%s)", failure.cause, failure.remedy)
+        await self.membership.set(self.desired.memberships)
 
     async def _assign_ids(self, rules: Sequence[Rule]) -> None:
         new_rules, new_outputs = self._ids.assign(rules)
@@ -387,7 +386,8 @@ def _logging_errors(interface: str, quietly: bool) -> Iterator[None]:
     except McrError as error:
         if not quietly:
             raise
-        log.error("%s: %s (%s)", interface, error.cause, error.remedy)
+        extra = {"interface": interface}
+        log.error("%s: %s (%s)", interface, error.cause, error.remedy, extra=extra)
 
 
 def _no_interface(interface: str) -> McrError:

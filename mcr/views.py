@@ -4,11 +4,13 @@ Nouns only read: nothing here changes anything, and nothing asks a worker.
 """
 
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from mcr.desired import OutputState, RuleState
 from mcr.errors import McrError
 from mcr.maps import WorkerCounts
+from mcr.membership import Membership
 
 if TYPE_CHECKING:
     from mcr.attached import AttachedInterface
@@ -17,10 +19,15 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+MAX_JOINS_IN_STATUS = 100
+
 
 def status(supervisor: "Supervisor") -> list[Row]:
     """One row for each attached interface and each of its workers, each egress interface of the kernel path,
-    and the joins. What the workers count is summed up in their interface's row."""
+    and the joins. What the workers count is summed up in their interface's row.
+
+    Of the joins that are refused there is one each, too, up to MAX_JOINS_IN_STATUS: `joins` has all of them.
+    """
     rows: list[Row] = []
     facts = supervisor.facts
     for interface in supervisor.attached.values():
@@ -58,6 +65,33 @@ def status(supervisor: "Supervisor") -> list[Row]:
             "restarts": membership.restarts,
         }
     )
+    refused = (failure.membership for failure in membership.failures[:MAX_JOINS_IN_STATUS])
+    rows.extend({"object": "join", **row} for row in _join_rows(supervisor, refused))
+    return rows
+
+
+def joins(supervisor: "Supervisor") -> list[Row]:
+    """One row for each join that is held or wanted."""
+    return _join_rows(supervisor, sorted(supervisor.desired.memberships))
+
+
+def _join_rows(supervisor: "Supervisor", memberships: Iterable[Membership]) -> list[Row]:
+    names = {facts.ifindex: name for name, facts in supervisor.facts.items()}
+    failures = {failure.membership: failure for failure in supervisor.membership.failures}
+    rows: list[Row] = []
+    for membership in memberships:
+        failure = failures.get(membership)
+        rows.append(
+            {
+                "interface": names.get(membership.ifindex, str(membership.ifindex)),
+                "ifindex": membership.ifindex,
+                "group": str(membership.group),
+                "source": None if membership.source is None else str(membership.source),
+                "state": "refused" if failure else "joined",
+                "reason": failure.cause if failure else "",
+                "remedy": failure.remedy if failure else "",
+            }
+        )
     return rows
 
 

@@ -19,6 +19,7 @@ from mcr import __version__
 from mcr._bpf import ffi, lib
 from mcr.desired import OutputSpec, RuleSpec, WorkerSetup, output_flags
 from mcr.errors import McrError
+from mcr.line_log import LineLog
 from mcr.maps import MAX_QUEUES, address_bytes
 
 REPLY_TIMEOUT_S = 3.0
@@ -60,7 +61,6 @@ class WorkerProcess:
         self.name = name
         self.process = process
         self.log = logging.getLogger(f"mcr.worker.{name}")
-        self.last_words = ""
         self._socket = command_socket
         self._sequence = 0
         self._waiting: dict[int, asyncio.Future[tuple[Any, list[int]]]] = {}
@@ -68,7 +68,9 @@ class WorkerProcess:
         self._loop = asyncio.get_running_loop()
         self._hello: asyncio.Future[str] = self._loop.create_future()
         self._loop.add_reader(command_socket, self._read_replies)
-        self._stderr = asyncio.create_task(self._log_stderr(), name=f"mcr-stderr-{name}")
+        assert process.stderr is not None
+        self._lines = LineLog(self.log, logging.ERROR, worker=name, interface=name.partition("/")[0])
+        self._stderr = asyncio.create_task(self._lines.follow(process.stderr), name=f"mcr-stderr-{name}")
 
     @classmethod
     async def spawn(
@@ -106,6 +108,11 @@ class WorkerProcess:
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    @property
+    def last_words(self) -> str:
+        """The last line that it wrote to its standard error."""
+        return self._lines.last_words
 
     async def set_up(self, setup: WorkerSetup, fds: Sequence[int]) -> tuple[list[int], bool]:
         """Sends the first command, once the worker has said hello. Returns the AF_XDP sockets, the caller's
@@ -280,13 +287,3 @@ class WorkerProcess:
                 answer.set_exception(WorkerGoneError("it ended"))
         if not self._hello.done():
             self._hello.set_result("")
-
-    async def _log_stderr(self) -> None:
-        assert self.process.stderr is not None
-        while True:
-            with contextlib.suppress(ValueError):  # a line longer than the reader's limit
-                line = await self.process.stderr.readline()
-                if not line:
-                    return
-                self.last_words = line.decode(errors="replace").rstrip()
-                self.log.error("%s", self.last_words)

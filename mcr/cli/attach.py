@@ -1,27 +1,30 @@
 """`mcr attach`: attach an interface, in the running supervisor or in one that this command becomes."""
 
 import asyncio
-import sys
 
 import click
 
-from mcr.cli.common import Settings, call
+from mcr.cli.common import Settings, call, configure_log, errors_logged, log_options, say
 from mcr.config import parse_attachment
 from mcr.errors import ExitStatus, McrError
 
 
-def _become_supervisor(settings: Settings, options: dict[str, object]) -> None:
+def _become_supervisor(
+    settings: Settings, options: dict[str, object], log_level: str | None, log_json: bool
+) -> None:
     from mcr.service import run
     from mcr.supervisor import Supervisor
 
+    configure_log(log_level, log_json)
     attachment = parse_attachment(options)
 
     def ready(supervisor: Supervisor) -> None:
         interface = supervisor.attached[attachment.interface]
         _report(interface.name, interface.mode or "none", interface.ingress)
-        print("mcr: no supervisor was running, so this is one now; Ctrl-C ends it", file=sys.stderr)
+        say("no supervisor was running, so this is one now; Ctrl-C ends it", log_json)
 
-    asyncio.run(run(settings.instance, attachment=attachment, ready=ready))
+    with errors_logged(log_json):
+        asyncio.run(run(settings.instance, attachment=attachment, ready=ready))
 
 
 def _report(interface: str, mode: str, ingress: str) -> None:
@@ -49,15 +52,19 @@ def _report(interface: str, mode: str, ingress: str) -> None:
     help="Threads of each worker that send; 0: the one that receives.",
 )
 @click.option("--cpus", metavar="LIST", help="CPUs to pin the workers' threads to, in turn: 2,3 or 2-5.")
+@log_options
 @click.pass_obj
-def command(settings: Settings, /, **options: object) -> None:
-    """Attach MCR to IFACE. Where no supervisor runs, this becomes one, in the foreground."""
+def command(settings: Settings, /, log_level: str | None, log_json: bool, **options: object) -> None:
+    """Attach MCR to IFACE. Where no supervisor runs, this becomes one, in the foreground.
+
+    The options of the log count only then.
+    """
     options = {name: value for name, value in options.items() if value is not None}
     try:
         done = call(settings, "attach", **options)
     except McrError as error:
         if error.status != ExitStatus.NO_SUPERVISOR:
             raise
-        _become_supervisor(settings, options)
+        _become_supervisor(settings, options, log_level, log_json)
     else:
         _report(done["interface"], done["mode"], done["ingress"])

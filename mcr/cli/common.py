@@ -3,14 +3,19 @@
 It must never import the supervisor's side: commands that only ask must start fast.
 """
 
+import contextlib
 import json
-from collections.abc import Sequence
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import click
 
+from mcr import logs
 from mcr.control import ControlClient, socket_path
+from mcr.errors import McrError
 
 Row = dict[str, Any]
 
@@ -22,6 +27,38 @@ class Settings:
     """The global options."""
 
     instance: str
+
+
+def log_options(command: Callable[..., None]) -> Callable[..., None]:
+    """--log-level and --log-json, of what is or becomes a supervisor."""
+    as_json = click.option("--log-json", is_flag=True, help="Log one JSON object a line.")
+    level = click.option("--log-level", type=click.Choice(logs.LEVELS), help="Log from this level on.")
+    return level(as_json(command))
+
+
+def configure_log(level: str | None, as_json: bool) -> None:
+    """As the options say; without --log-level it stays as `mcr` or `mcr -v` has set it."""
+    logs.configure(level or logs.level(), as_json)
+
+
+def say(text: str, as_json: bool) -> None:
+    """A sign of life for who waits: as it is, or where the log is JSON as a line of it."""
+    if as_json:
+        logging.getLogger("mcr").info("%s", text)
+    else:
+        print(f"mcr: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def errors_logged(as_json: bool) -> Iterator[None]:
+    """Where the log is JSON, an error that ends the supervisor is a line of it, too."""
+    try:
+        yield
+    except McrError as error:
+        if not as_json:
+            raise
+        logging.getLogger("mcr").error("%s", error, extra={"remedy": error.remedy})
+        sys.exit(error.status)
 
 
 def call(settings: Settings, method: str, **params: object) -> Any:

@@ -4,18 +4,18 @@ The only place that turns errors into text and exit statuses. It must never do w
 """
 
 import importlib
-import logging
 import os
 import sys
 
 import click
 
+from mcr import logs
 from mcr.cli.common import Settings
 from mcr.errors import ExitStatus, McrError
 
 COMMANDS = (
     *("run", "attach", "detach", "rule", "status", "stats", "check", "reload", "send", "listen"),
-    *("doctor", "explain"),
+    *("doctor", "explain", "joins", "log"),
 )
 
 
@@ -41,10 +41,7 @@ class LazyGroup(click.Group):
 @click.pass_context
 def cli(ctx: click.Context, instance: str, verbose: bool) -> None:
     """MCR relays multicast and unicast UDP streams from one network to others."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    logs.configure("debug" if verbose else "info")
     ctx.obj = Settings(instance)
 
 

@@ -1,13 +1,12 @@
 """`mcr run`: a supervisor in the foreground."""
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import Literal
 
 import click
 
-from mcr.cli.common import Settings
+from mcr.cli.common import Settings, configure_log, errors_logged, log_options, say
 from mcr.service import run
 
 
@@ -30,6 +29,7 @@ from mcr.service import run
     help="Leave nothing, or leave the kernel path forwarding for the next supervisor to adopt.",
 )
 @click.option("--replace", is_flag=True, help="Start afresh where an earlier supervisor left it forwarding.")
+@log_options
 @click.pass_obj
 def command(
     settings: Settings,
@@ -37,10 +37,16 @@ def command(
     metrics: str | None,
     on_exit: Literal["detach", "keep"],
     replace: bool,
+    log_level: str | None,
+    log_json: bool,
 ) -> None:
     """Run a supervisor until SIGTERM or Ctrl-C; SIGHUP reloads its files."""
+    configure_log(log_level, log_json)
 
     def ready(_: object) -> None:
-        print("mcr: ready", file=sys.stderr)
+        say("ready", log_json)
 
-    asyncio.run(run(settings.instance, paths, metrics, on_exit=on_exit, replace_kept=replace, ready=ready))
+    with errors_logged(log_json):
+        asyncio.run(
+            run(settings.instance, paths, metrics, on_exit=on_exit, replace_kept=replace, ready=ready)
+        )

@@ -16,6 +16,7 @@ COLUMNS = (
     "worker_restarts",
 )
 WORKER_COLUMNS = ("interface", "worker", "pid", "state", "queues", "cpus", "restarts")
+REFUSED_SHOWN = 10
 
 
 @click.command(name="status")
@@ -45,5 +46,7 @@ def command(settings: Settings, as_json: bool) -> None:
         if row["object"] == "membership":
             print(
                 f"joined {row['held']} of {row['wanted']} groups"
-                + (f": {row['reason']}" if row["reason"] else "")
+                + (f", {row['failed']} refused (mcr joins):" if row["failed"] else "")
             )
+    for row in [row for row in rows if row["object"] == "join"][:REFUSED_SHOWN]:
+        print(f"{row['reason']}\n  remedy: {row['remedy']}")

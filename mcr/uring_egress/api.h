@@ -24,4 +24,10 @@ uint32_t mcr_core_latency_bucket(uint64_t time_ns);
 /* For the tests: the confinement of a worker, on the calling process. Returns 0 or -errno. */
 int mcr_core_confine(void);
 
+/*
+ * The confinement of the process that holds the joins, on the calling process: as that user if it is root, it
+ * dies with its parent. Returns 0 or -errno.
+ */
+int mcr_core_confine_joins(uint32_t user, uint32_t group);
+
 #endif /* MCR_API_H */

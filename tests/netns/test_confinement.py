@@ -60,10 +60,34 @@ def test_worker_has_no_privilege_left_and_still_works(lab: Lab, ingress: str) ->
     ],
 )
 def test_confined_process_that_tries_more_is_killed(attempt: str) -> None:
+    assert_killed("mcr_core_confine()", attempt)
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "os.open('/etc/passwd', os.O_RDONLY)",
+        "os.execv('/bin/true', ['true'])",
+        "os.fork()",
+        "socket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
+        "socket.socket(socket.AF_INET, socket.SOCK_STREAM)",
+        "socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP)",
+        "socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)",
+        "udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)",
+        "udp.bind(('127.0.0.1', 0))",
+        "udp.connect(('127.0.0.1', 9))",
+    ],
+)
+def test_process_of_the_joins_that_tries_more_is_killed(attempt: str) -> None:
+    assert_killed("mcr_core_confine_joins(65534, 65534)", attempt)
+
+
+def assert_killed(confine: str, attempt: str) -> None:
     code = (
         "import os, socket\n"
+        "udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
         "from mcr.uring_egress._core import lib\n"
-        "assert lib.mcr_core_confine() == 0\n"
+        f"assert lib.{confine} == 0\n"
         "os.write(1, b'confined')\n"
         f"{attempt}\n"
         "os.write(1, b'survived')\n"

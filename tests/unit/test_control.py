@@ -2,185 +2,44 @@
 
 import asyncio
 import contextlib
-import json
 import os
 import random
 import socket
 import stat
-import subprocess
-import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcr import control
-from mcr.control import ControlClient, ControlServer, Limits, Peer, TokenBucket, socket_path
+from mcr.bucket import TokenBucket
+from mcr.connection import Limits, Peer
+from mcr.control import ControlClient, socket_path
+from mcr.control_server import ControlServer
 from mcr.errors import ExitStatus, McrError
 from mcr.jsonrpc import (
-    BUSY,
-    INTERNAL_ERROR,
     INVALID_PARAMS,
     INVALID_REQUEST,
-    METHOD_NOT_FOUND,
     PARSE_ERROR,
     RequestError,
     parse_json,
     parse_request,
 )
 from tests.conftest import require
-
-Answer = dict[str, Any]
-NO_RATE_LIMIT = 1_000_000
-FAILURE = McrError("the rule a is unknown", "see: mcr rule show", "a.toml:7", ExitStatus.USAGE)
-
-
-class Calls:
-    """A handler, and what it was called with."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[Peer, str, dict[str, Any]]] = []
-        self.release = threading.Event()
-
-    async def __call__(self, peer: Peer, method: str, params: dict[str, Any]) -> object:
-        self.seen.append((peer, method, params))
-        match method:
-            case "echo":
-                return params
-            case "big":
-                return "x" * int(params["size"])
-            case "fail":
-                raise FAILURE
-            case "crash":
-                raise ZeroDivisionError
-            case "unserialisable":
-                return {1, 2}
-            case "hang":
-                while not self.release.is_set():
-                    await asyncio.sleep(0.01)
-                return "released"
-        raise RequestError(METHOD_NOT_FOUND, f"no method {method}")
-
-
-class Running:
-    """A ControlServer on a loop of its own, in a thread."""
-
-    def __init__(self, path: Path, limits: Limits) -> None:
-        self.path = path
-        self.calls = Calls()
-        self.server = ControlServer(path, self.calls, limits)
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever)
-
-    def __enter__(self) -> "Running":
-        self.thread.start()
-        asyncio.run_coroutine_threadsafe(self.server.start(), self.loop).result(10)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.calls.release.set()
-        try:
-            self.stop()
-        finally:
-            self.loop.call_soon_threadsafe(self.loop.stop)
-            self.thread.join(10)
-            self.loop.close()
-
-    def stop(self) -> None:
-        asyncio.run_coroutine_threadsafe(self.server.close(), self.loop).result(10)
-
-    def connect(self) -> "Raw":
-        return Raw(self.path)
-
-
-class Raw:
-    """A client without manners."""
-
-    def __init__(self, path: Path) -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.connect(str(path))  # blocks while the backlog is full
-        self.socket.settimeout(10)
-        self.lines = self.socket.makefile("rb")
-
-    def __enter__(self) -> "Raw":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.lines.close()
-        self.socket.close()
-
-    def send(self, data: bytes) -> None:
-        self.socket.sendall(data)
-
-    def answer(self) -> Answer:
-        answer: Answer = json.loads(self.lines.readline())
-        assert answer["jsonrpc"] == "2.0"
-        return answer
-
-    def error_code(self, data: bytes) -> int:
-        self.send(data + b"\n")
-        code: int = self.answer()["error"]["code"]
-        return code
-
-    def is_closed(self) -> bool:
-        """Whether the server hung up, and sent nothing else before."""
-        try:
-            return self.lines.readline() == b""
-        except ConnectionResetError:
-            return True
-
-
-def request(method: str, identifier: object = 1, **params: object) -> bytes:
-    message = {"jsonrpc": "2.0", "id": identifier, "method": method, "params": params}
-    return json.dumps(message).encode() + b"\n"
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-@contextlib.contextmanager
-def steady_client(path: Path) -> Iterator[list[float]]:
-    """A client that calls all the time meanwhile, always with success; gives the durations in seconds."""
-    durations_s: list[float] = []
-    failures: list[BaseException] = []
-    ended = threading.Event()
-
-    def run() -> None:
-        try:
-            with ControlClient(path) as client:
-                while not ended.is_set():
-                    began_s = time.monotonic()
-                    assert client.call("echo", number=len(durations_s)) == {"number": len(durations_s)}
-                    durations_s.append(time.monotonic() - began_s)
-                    time.sleep(0.005)
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        until(lambda: bool(durations_s or failures))
-        yield durations_s
-        served = len(durations_s)
-        deadline = time.monotonic() + 10
-        while len(durations_s) < served + 3 and thread.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert failures == []
-        assert len(durations_s) >= served + 3
-    finally:
-        ended.set()
-        thread.join(20)
-    assert max(durations_s) < 3
+from tests.unit.control_peers import (
+    FAILURE,
+    NO_RATE_LIMIT,
+    Calls,
+    Raw,
+    Running,
+    call_as,
+    request,
+    steady_client,
+    until,
+)
 
 
 @pytest.fixture
@@ -201,7 +60,7 @@ def test_a_call_reaches_the_handler_with_the_peer_and_its_result_comes_back(serv
             "rules": [1, None, {"a": 1.5}],
         }
         assert client.call("echo") == {}
-    peer = Peer(os.getpid(), os.getuid(), os.getgid())
+    peer = Peer(os.getpid(), os.getuid(), os.getgid(), may_write=True)
     assert server.calls.seen[1] == (peer, "echo", {})
 
 
@@ -335,135 +194,6 @@ def test_no_bytes_make_the_parser_raise_anything_but_its_own_error(line: bytes) 
         parse_request(parse_json(line))
 
 
-def test_idle_clients_beyond_the_limit_are_told_and_hold_up_nobody(server: Running) -> None:
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(steady_client(server.path))
-        clients = [stack.enter_context(server.connect()) for _ in range(100)]
-        for client in clients[63:]:
-            answer = client.answer()
-            assert (answer["id"], answer["error"]["code"]) == (None, BUSY)
-            assert client.is_closed()
-        with pytest.raises(McrError, match="more than 64 clients"):
-            ControlClient(server.path).call("echo")
-        for client in clients[:63]:
-            client.send(request("echo"))
-            assert client.answer()["result"] == {}
-    until(lambda: server.server.client_count == 0)
-
-
-def test_a_client_that_sends_a_byte_now_and_then_holds_up_nobody(server: Running) -> None:
-    with steady_client(server.path) as durations_s, server.connect() as raw:
-        for byte in request("echo", slow=True):
-            raw.send(bytes((byte,)))
-            time.sleep(0.01)
-        assert raw.answer()["result"] == {"slow": True}
-        assert len(durations_s) > 10
-
-
-def test_a_client_that_is_silent_or_unfinished_for_too_long_is_closed(path: Path) -> None:
-    with (
-        Running(path, Limits(idle_timeout_s=0.3)) as server,
-        server.connect() as idle,
-        server.connect() as slow,
-    ):
-        slow.send(b'{"jsonrpc":')
-        assert idle.is_closed()
-        assert slow.is_closed()
-        until(lambda: server.server.client_count == 0)
-
-
-def test_a_client_that_does_not_read_is_disconnected_and_holds_up_nobody(path: Path) -> None:
-    with (
-        Running(path, Limits(write_timeout_s=0.5)) as server,
-        steady_client(path),
-        server.connect() as raw,
-    ):
-        raw.send(request("big", size=4 << 20) * 3)
-        until(lambda: "big" in [method for _, method, _ in server.calls.seen])
-        until(lambda: server.server.client_count == 1)  # the steady one
-        with pytest.raises((ConnectionError, json.JSONDecodeError)):
-            for _ in range(3):
-                raw.answer()
-    assert [method for _, method, _ in server.calls.seen].count("big") == 1
-
-
-def test_an_answer_that_is_too_long_is_an_error(server: Running) -> None:
-    with server.connect() as raw:
-        raw.send(request("big", size=8 << 20))
-        assert raw.answer()["error"]["code"] == INTERNAL_ERROR
-        raw.send(request("big", size=(8 << 20) - 1000))
-        assert len(raw.answer()["result"]) == (8 << 20) - 1000
-
-
-def test_clients_that_leave_in_the_middle_of_a_request_hold_up_nobody(server: Running) -> None:
-    with steady_client(server.path):
-        for _ in range(100):
-            with server.connect() as raw:
-                raw.send(b'{"jsonrpc": "2.0", "id": 1, "meth')
-            with server.connect() as raw:
-                raw.send(request("big", size=1 << 20))
-        until(lambda: server.server.client_count == 1)
-
-
-def test_a_request_cut_off_at_its_end_is_not_executed(server: Running) -> None:
-    with server.connect() as raw:
-        raw.send(request("echo")[:-1])
-        raw.socket.shutdown(socket.SHUT_WR)
-        assert raw.is_closed()
-    assert server.calls.seen == []
-
-
-def test_a_client_that_only_half_closes_still_gets_its_answers(server: Running) -> None:
-    with server.connect() as raw:
-        raw.send(request("echo", 1) + request("echo", 2))
-        raw.socket.shutdown(socket.SHUT_WR)
-        assert [raw.answer()["id"], raw.answer()["id"]] == [1, 2]
-        assert raw.is_closed()
-
-
-def test_a_request_that_takes_long_holds_up_only_its_own_client(server: Running) -> None:
-    with server.connect() as raw, steady_client(server.path) as durations_s:
-        raw.send(request("hang", 1) + request("echo", 2))
-        until(lambda: len(durations_s) > 20)
-        server.calls.release.set()
-        assert [raw.answer()["id"], raw.answer()["id"]] == [1, 2]
-
-
-def test_a_client_that_floods_is_slowed_down_and_told(path: Path) -> None:
-    with (
-        Running(path, Limits(requests_per_s=100)) as server,
-        server.connect() as raw,
-    ):
-        raw.send(request("echo") * 300)
-        answers = [raw.answer() for _ in range(300)]
-        refused = [answer for answer in answers if "error" in answer]
-        assert refused
-        assert {answer["error"]["code"] for answer in refused} == {BUSY}
-        assert all("error" not in answer for answer in answers[:100])
-        assert len(server.calls.seen) == 300 - len(refused)
-
-
-def test_a_flood_holds_up_nobody(server: Running) -> None:
-    def flood(raw: Raw) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                raw.send(b"\n" * 10_000)
-
-    with contextlib.ExitStack() as stack:
-        raws = [stack.enter_context(server.connect()) for _ in range(20)]
-        floods = [threading.Thread(target=flood, args=(raw,)) for raw in raws]
-        for thread in floods:
-            thread.start()
-        try:
-            with steady_client(server.path) as durations_s:
-                until(lambda: len(durations_s) > 50)
-        finally:
-            for raw in raws:
-                raw.socket.shutdown(socket.SHUT_RDWR)
-            for thread in floods:
-                thread.join(10)
-
-
 def test_tokens_are_saved_up_for_one_second_and_no_longer() -> None:
     bucket = TokenBucket(10, now_s=0.0)
     assert [bucket.take(1, 100.0) for _ in range(11)] == [True] * 10 + [False]
@@ -553,27 +283,6 @@ def test_a_directory_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(McrError, match="cannot create the control socket"):
         asyncio.run(ControlServer(tmp_path / "file" / "a.sock", Calls()).start())
-
-
-def call_as(path: Path, user_id: int, group_id: int, groups: list[int]) -> subprocess.CompletedProcess[str]:
-    """A call by another user; prints the cause and the status of its error, or its result."""
-    script = f"""
-import os, sys
-from pathlib import Path
-sys.path.insert(0, {str(Path(control.__file__).parent.parent)!r})
-from mcr.control import ControlClient
-from mcr.errors import McrError
-os.setgroups({groups})
-os.setgid({group_id})
-os.setuid({user_id})
-try:
-    print(ControlClient(Path({str(path)!r})).call("echo"))
-except McrError as error:
-    print(int(error.status), error.cause)
-"""
-    return subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False
-    )
 
 
 def test_only_root_the_server_and_the_sockets_group_may_call() -> None:
