@@ -5,7 +5,6 @@ import json
 import random
 import socket
 import stat
-import subprocess
 import sys
 import tempfile
 import threading
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from mcr.errors import ExitStatus
+from mcr.service import METHODS
 from tests.netns.flows import (
     GROUP_HEARD,
     GROUP_IN,
@@ -195,12 +195,19 @@ def test_hostile_clients_hold_up_nothing_for_a_minute(lab: Lab) -> None:
 
 
 AS_NOBODY = """
-import importlib, os, sys
-from mcr.cli.main import COMMANDS, main
-for name in COMMANDS:  # nobody may not be able to read them
-    importlib.import_module(f"mcr.cli.{name}")
+import json, os, sys
+from pathlib import Path
+from mcr.control import ControlClient
+from mcr.errors import McrError
 os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
-main()
+answers = {}
+for method, params in json.loads(sys.argv[2]).items():
+    try:
+        with ControlClient(Path(sys.argv[1])) as client:
+            answers[method] = [0, str(client.call(method, **params)), ""]
+    except McrError as error:
+        answers[method] = [error.status, error.cause, error.remedy]
+print(json.dumps(answers))
 """
 
 
@@ -213,9 +220,11 @@ def open_lab(lab: Lab) -> Iterator[Lab]:
         yield lab
 
 
-def as_nobody(lab: Lab, relay: Namespace, *arguments: str) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-c", AS_NOBODY, "--instance", relay.name, *arguments]
-    return lab.run(relay, argv, check=False)
+def as_nobody(lab: Lab, relay: Namespace, **calls: dict[str, object]) -> dict[str, tuple[int, str, str]]:
+    """Exit status, result or cause, and remedy of each of these methods."""
+    argv = [sys.executable, "-c", AS_NOBODY, str(socket_of(lab, relay)), json.dumps(calls)]
+    answers: dict[str, tuple[int, str, str]] = json.loads(lab.run(relay, argv).stdout)
+    return answers
 
 
 def test_who_may_not_change_anything_may_look_if_the_file_says_so(open_lab: Lab) -> None:
@@ -223,22 +232,16 @@ def test_who_may_not_change_anything_may_look_if_the_file_says_so(open_lab: Lab)
     text = config(("cam", GROUP_IN, [GROUP_OUT])) + '[control]\nread = "all"\n'
     lab.supervisor(topology.relay, config=text)
     assert stat.S_IMODE(socket_of(lab, topology.relay).stat().st_mode) == 0o666
-    for noun in (("status", "-j"), ("stats", "-j"), ("rule", "show", "-j")):
-        done = as_nobody(lab, topology.relay, *noun)
-        assert (done.returncode, done.stderr) == (ExitStatus.DONE, "")
-        assert json.loads(done.stdout)
-    verbs = (("detach", "in0"), ("reload",), ("rule", "del", "cam"), ("attach", "out0"))
-    for verb in verbs:
-        done = as_nobody(lab, topology.relay, *verb)
-        assert done.returncode == ExitStatus.NOT_PERMITTED
-        assert done.stderr.startswith("mcr: this user may look and change nothing: ")
-        assert "\n  remedy: use sudo, or become a member" in done.stderr
-
-
-def test_without_that_only_the_group_may_look(open_lab: Lab) -> None:
-    lab, topology = open_lab, open_lab.topology_relay()
-    lab.supervisor(topology.relay, config=config(("cam", GROUP_IN, [GROUP_OUT])))
-    assert stat.S_IMODE(socket_of(lab, topology.relay).stat().st_mode) == 0o660
-    done = as_nobody(lab, topology.relay, "status")
-    assert done.returncode == ExitStatus.NOT_PERMITTED
-    assert done.stderr.startswith("mcr: this user may not use ")
+    params: dict[str, dict[str, object]] = {
+        "detach": {"interface": "in0"},
+        "rule.del": {"names": ["cam"]},
+        "log.set": {"level": "error"},
+        "explain": {"stream": GROUP_IN},
+    }
+    answers = as_nobody(lab, topology.relay, **{method: params.get(method, {}) for method in METHODS})
+    for method, (_, only_reads) in METHODS.items():
+        status, cause, remedy = answers[method]
+        assert status == (ExitStatus.DONE if only_reads else ExitStatus.NOT_PERMITTED), (method, cause)
+        if not only_reads:
+            assert cause.startswith("this user may look and change nothing: ")
+            assert remedy.startswith("use sudo, or become a member of the socket's group")

@@ -144,7 +144,9 @@ def test_a_refused_join_is_shown_with_its_sysctl_and_tried_again_by_itself(lab: 
     assert supervisor.output().count("cannot join") == 1
 
 
-def check_thousands(lab: Lab, ipv4: int, ipv6: int) -> None:
+@pytest.mark.soak
+def test_thousands_of_groups_are_joined_and_left_by_a_supervisor(lab: Lab) -> None:
+    ipv4, ipv6 = 3000, 1000
     topology = lab.topology_relay()
     groups = [f"239.{n >> 8}.{n & 255}.1" for n in range(ipv4)] + [f"[ff3e::{n + 1:x}]" for n in range(ipv6)]
     text = '[[attach]]\ninterface = "in0"\n' + "".join(
@@ -161,12 +163,3 @@ def check_thousands(lab: Lab, ipv4: int, ipv6: int) -> None:
     assert len(json.dumps(lab.ask(topology.relay, "status"))) < 10_000
     assert supervisor.terminate() == 0
     assert lab.leftovers(topology.relay) == []
-
-
-def test_hundreds_of_groups_are_joined_and_left_by_a_supervisor(lab: Lab) -> None:
-    check_thousands(lab, 300, 100)
-
-
-@pytest.mark.soak
-def test_thousands_of_groups_are_joined_and_left_by_a_supervisor(lab: Lab) -> None:
-    check_thousands(lab, 3000, 1000)

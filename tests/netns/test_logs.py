@@ -43,8 +43,11 @@ def test_every_line_of_a_json_log_is_an_object_from_start_to_end(lab: Lab) -> No
 
 def test_an_error_that_ends_a_supervisor_is_a_line_of_its_json_log(lab: Lab) -> None:
     relay = lab.namespace("relay")
-    process = spawn(lab, relay, "attach", "nope0")
+    process = spawn(lab, relay, "run", "-c", "/nonexistent/mcr.toml")
     assert process.wait(30) == 1
     last = rows(process)[-1]
-    assert (last["level"], last["message"]) == ("error", "there is no interface nope0")
+    assert (last["level"], last["message"]) == (
+        "error",
+        "cannot read /nonexistent/mcr.toml: No such file or directory",
+    )
     assert last["remedy"]

@@ -138,6 +138,7 @@ def test_install_service_keeps_a_configuration_and_uninstall_leaves_nothing_else
 
 
 def run_without(lab: Lab, topology: RelayTopology, capability: str) -> subprocess.CompletedProcess[str]:
+    """`mcr run` with every capability of the unit but one."""
     names = [name for name in unit_capabilities() if name != capability]
     bounding = ",".join(["-all", *(f"+{name}" for name in names)])
     confined = ["setpriv", "--bounding-set", bounding, "--no-new-privs", *argv(lab, topology)]
