@@ -15,6 +15,7 @@ from typing import Any, Self
 from mcr import loader
 from mcr._bpf import ffi, lib
 from mcr.errors import McrError
+from mcr.latency import Latency
 from mcr.stream import Address, Stream
 
 MAX_RULES: int = lib.MCR_MAX_RULES
@@ -144,6 +145,7 @@ class Maps:
         self._rule_counters = _Counters(self._fds["rule_counters"], "mcr_rule_counters", MAX_RULES)
         self._output_counters = _Counters(self._fds["output_counters"], "mcr_output_counters", MAX_OUTPUTS)
         self._worker_counters = _Counters(self._fds["worker_counters"], "mcr_worker_counters", MAX_WORKERS)
+        self._latency = _Counters(self._fds["rule_latency"], "mcr_latency", MAX_RULES)
 
     def __enter__(self) -> Self:
         return self
@@ -275,6 +277,7 @@ class Maps:
             "rule_stats", ffi.new("__u32 *", rule_id), ffi.new("struct mcr_rule_stats[]", self._cpus)
         )
         self._rule_counters.clear(rule_id)
+        self._latency.clear(rule_id)
 
     def clear_output(self, output_id: int) -> None:
         """Zeroes the counters of an output_id that is about to be used again."""
@@ -301,6 +304,13 @@ class Maps:
                 name: sum(cpu.dropped[reason] for cpu in per_cpu) + worker.dropped[reason]
                 for reason, name in enumerate(DROP_REASONS)
             },
+        )
+
+    def rule_latency(self, rule_id: int) -> Latency:
+        """How long the worker path took with the rule's packets; the kernel path is not measured."""
+        measured = self._latency[rule_id]
+        return Latency(
+            int(measured.count), int(measured.sum_ns), int(measured.max_ns), tuple(measured.buckets)
         )
 
     def output_counts(self, output_id: int) -> OutputCounts:
