@@ -40,7 +40,8 @@ MAX_FILE_BYTES = 4 * 1024 * 1024
 MAX_CPU = 8191  # NR_CPUS at most, linux/threads.h
 
 _KEYS = ("metrics", "attach", "rule")
-_METRICS_KEYS = ("listen",)
+_TLS_KEYS = ("tls_cert", "tls_key", "client_ca")
+_METRICS_KEYS = ("listen", *_TLS_KEYS)
 _ATTACH_KEYS = ("interface", "mode", "ingress", "zero_copy", "busy_poll", "workers", "egress_threads", "cpus")
 _RULE_KEYS = ("name", "from", "to", "path")
 
@@ -67,12 +68,22 @@ class Attachment:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files for the metrics. client_ca: whoever scrapes must show a certificate of this authority."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """What the files say. metrics_listen is `ADDR:PORT`, None if there shall be no metrics."""
 
     attachments: tuple[Attachment, ...] = ()
     rules: tuple[Rule, ...] = ()
     metrics_listen: str | None = None
+    metrics_tls: TlsFiles | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +118,8 @@ NOWHERE = Place()
 
 
 def load_config(paths: Sequence[Path]) -> Config:
-    """The configuration that the files make together, in their order; the last `metrics.listen` counts.
+    """The configuration that the files make together, in their order; the last `metrics.listen` counts,
+    and so do the last TLS files.
 
     Raises McrError for the first thing wrong in any of them, and for rules that cannot go together or that no
     interface whatsoever could carry. A rule's input interface need not be attached.
@@ -115,17 +127,19 @@ def load_config(paths: Sequence[Path]) -> Config:
     attachments: list[Attachment] = []
     rules: list[Rule] = []
     metrics_listen: str | None = None
+    metrics_tls: TlsFiles | None = None
     for path in paths:
         table, place = _read(path)
         _check_keys(table, _KEYS, place, "a configuration")
         metrics_listen = _metrics_listen(table, place, metrics_listen)
+        metrics_tls = _metrics_tls(table, place, metrics_tls)
         attachments += [parse_attachment(*item) for item in _tables(table, "attach", place)]
         rules += [parse_rule(*item) for item in _tables(table, "rule", place)]
     _check_attachments(attachments)
     check_rules(rules)
     for rule in rules:
         plan(rule, {})
-    return Config(tuple(attachments), tuple(rules), metrics_listen)
+    return Config(tuple(attachments), tuple(rules), metrics_listen, metrics_tls)
 
 
 def parse_attachment(table: Mapping[str, object], place: Place = NOWHERE) -> Attachment:
@@ -196,6 +210,24 @@ def _metrics_listen(table: Mapping[str, object], place: Place, before: str | Non
     text = _text(metrics, "listen", place)
     with _located(place.under("listen")):
         return text if parse_listen(text) else None
+
+
+def _metrics_tls(table: Mapping[str, object], place: Place, before: TlsFiles | None) -> TlsFiles | None:
+    """What the file says, or before if it names no TLS file."""
+    metrics = table.get("metrics", {})
+    place = place.under("metrics")
+    assert isinstance(metrics, dict)  # _metrics_listen has seen to it
+    paths: dict[str, Path] = {}
+    for key in (key for key in _TLS_KEYS if key in metrics):
+        paths[key] = Path(_text(metrics, key, place))
+        if not paths[key].is_absolute():
+            raise McrError(f"{key} is not an absolute path", "write it from / on", place.under(key).where)
+    if not paths:
+        return before
+    for key in _TLS_KEYS[:2]:
+        if key not in paths:
+            raise McrError(f"{key} is missing beside {next(iter(paths))}", f'add {key} = "/..."', place.where)
+    return TlsFiles(paths["tls_cert"], paths["tls_key"], paths.get("client_ca"))
 
 
 def _check_attachment(attachment: Attachment, place: Place) -> None:

@@ -79,7 +79,7 @@ async def _status(supervisor: Supervisor, _: dict[str, Any]) -> object:
 
 
 async def _stats(supervisor: Supervisor, params: dict[str, Any]) -> object:
-    return views.stats(supervisor, _name(params))
+    return views.stats(supervisor, _name(params), latency=params.get("latency") is True)
 
 
 async def _reload(supervisor: Supervisor, _: dict[str, Any]) -> object:
@@ -153,7 +153,8 @@ async def run(
     replace_kept starts afresh where an earlier supervisor has left it. ready is called when everything asked
     for is in place.
     """
-    address = _metrics_address(load_config(config_paths), metrics_option)
+    config = load_config(config_paths)
+    address = _metrics_address(config, metrics_option)
     service = Service()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -169,7 +170,8 @@ async def run(
         if attachment is not None:
             await supervisor.attach(attachment)
         if address is not None:
-            stack.enter_context(metrics.serve(supervisor, *address))
+            listen = metrics.Listen(*address, config.metrics_tls)
+            stack.enter_context(metrics.serve(supervisor, listen, lambda: server.client_count))
         reloads: set[asyncio.Task[None]] = set()
         loop.add_signal_handler(
             signal.SIGHUP, lambda: reloads.add(asyncio.create_task(_reload_logged(supervisor)))
