@@ -15,7 +15,7 @@ from mcr.errors import ExitStatus, McrError
 
 COMMANDS = (
     *("run", "attach", "detach", "rule", "status", "stats", "check", "reload", "send", "listen"),
-    *("doctor", "explain"),
+    *("doctor", "explain", "top", "completion"),
 )
 
 
