@@ -4,6 +4,8 @@
 PREFIX ?= /usr/local
 # The program's own venv; PREFIX/bin/mcr is a link into it.
 MCR_HOME ?= $(if $(filter /usr/local,$(PREFIX)),/opt/mcr,$(PREFIX)/lib/mcr)
+# What scripts/install puts below PREFIX/share.
+SHARED := man/man1/mcr.1 bash-completion/completions/mcr zsh/site-functions/_mcr fish/vendor_completions.d/mcr.fish
 
 PYTHON := .venv/bin/python
 # cffi's own output, which nobody formats, begins with an underscore.
@@ -26,6 +28,7 @@ test: build ## run the tests, under 10 minutes (root)
 	@scripts/as-root $(PYTHON) -m pytest tests
 
 soak: build ## run the long tests with the full figures (root)
+	@scripts/set-up soak
 	@scripts/as-root $(PYTHON) -m pytest -m soak --timeout 900 tests
 
 bench: build ## measure throughput against smcroute, about 10 minutes (root; apt install smcroute socat)
@@ -41,11 +44,11 @@ format: build ## rewrite the sources in the format that lint wants
 	$(PYTHON) -m ruff format .
 	.venv/bin/clang-format -i $(C_FILES)
 
-install: build ## install the program in /opt/mcr and a link to it in PREFIX/bin (root)
-	@scripts/as-root scripts/install "$(MCR_HOME)" "$(PREFIX)/bin/mcr"
+install: build ## install the program in /opt/mcr, with a link, man page and completions in PREFIX (root)
+	@scripts/as-root scripts/install "$(MCR_HOME)" "$(PREFIX)/bin/mcr" "$(PREFIX)/share"
 
 uninstall: ## remove what `make install` made (root)
-	@scripts/as-root rm -rf "$(MCR_HOME)" "$(PREFIX)/bin/mcr"
+	@scripts/as-root rm -rf "$(MCR_HOME)" "$(PREFIX)/bin/mcr" $(SHARED:%="$(PREFIX)/share/%")
 
 install-service: ## install the systemd unit and what belongs to it (root; PREFIX, DESTDIR)
 	@$(if $(DESTDIR),,scripts/as-root) scripts/install-service install "$(PREFIX)" "$(DESTDIR)"

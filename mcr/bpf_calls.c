@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <linux/if_link.h>
 #include <linux/magic.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/vfs.h>
@@ -115,6 +116,86 @@ int mcr_test_run(int prog_fd, void *frame, uint32_t length, uint32_t headroom, u
 	*meta_length = after.data - after.data_meta;
 	*verdict = options.retval;
 	return status;
+}
+
+int mcr_rule_totals(int stats_fd, const struct mcr_rule_counters *workers, const uint32_t *ids,
+		    uint32_t count, struct mcr_rule_counters *totals)
+{
+	int cpus = libbpf_num_possible_cpus(), status = 0;
+	struct mcr_rule_stats *stats;
+
+	if (cpus < 0)
+		return cpus;
+	stats = calloc(cpus, sizeof(*stats));
+	if (!stats)
+		return -ENOMEM;
+	for (uint32_t i = 0; i < count && !status; i++) {
+		struct mcr_rule_counters *total = &totals[i];
+
+		status = bpf_map_lookup_elem(stats_fd, &ids[i], stats);
+		*total = workers[ids[i]];
+		for (int cpu = 0; cpu < cpus && !status; cpu++) {
+			total->received_packets += stats[cpu].packets;
+			total->received_bytes += stats[cpu].bytes;
+			if (total->last_seen_ns < stats[cpu].last_seen_ns)
+				total->last_seen_ns = stats[cpu].last_seen_ns;
+			total->relayed_packets += stats[cpu].relayed_packets;
+			total->relayed_bytes += stats[cpu].relayed_bytes;
+			for (int reason = 0; reason < MCR_DROP_REASONS; reason++)
+				total->dropped[reason] += stats[cpu].dropped[reason];
+		}
+	}
+	free(stats);
+	return status;
+}
+
+int mcr_output_totals(int stats_fd, const struct mcr_output_counters *workers, const uint32_t *ids,
+		      uint32_t count, struct mcr_output_counters *totals)
+{
+	int cpus = libbpf_num_possible_cpus(), status = 0;
+	struct mcr_output_stats *stats;
+
+	if (cpus < 0)
+		return cpus;
+	stats = calloc(cpus, sizeof(*stats));
+	if (!stats)
+		return -ENOMEM;
+	for (uint32_t i = 0; i < count && !status; i++) {
+		struct mcr_output_counters *total = &totals[i];
+
+		status = bpf_map_lookup_elem(stats_fd, &ids[i], stats);
+		*total = workers[ids[i]];
+		for (int cpu = 0; cpu < cpus && !status; cpu++) {
+			total->relayed_packets += stats[cpu].relayed_packets;
+			total->sent_packets += stats[cpu].sent_packets;
+			total->sent_bytes += stats[cpu].sent_bytes;
+			for (int reason = 0; reason < MCR_OUTPUT_DROP_REASONS; reason++)
+				total->dropped[reason] += stats[cpu].dropped[reason];
+		}
+	}
+	free(stats);
+	return status;
+}
+
+void mcr_latency_octaves(const struct mcr_latency *rules, const uint32_t *ids, uint32_t count,
+			 uint64_t *octaves)
+{
+	/* Bucket 0 is below 2^FIRST_BITS, and every octave after it has 2^STEP_BITS buckets. */
+	const int first = 1 + ((MCR_OCTAVE_FIRST_BITS - MCR_LATENCY_FIRST_BITS) << MCR_LATENCY_STEP_BITS);
+
+	for (uint32_t i = 0; i < count; i++, octaves += MCR_OCTAVE_COLUMNS) {
+		const struct mcr_latency *latency = &rules[ids[i]];
+		uint64_t packets = 0;
+		int octave = 0;
+
+		for (int bucket = 0; bucket < MCR_LATENCY_BUCKETS; bucket++) {
+			if (octave < MCR_OCTAVES && bucket == first + (octave << MCR_LATENCY_STEP_BITS))
+				octaves[octave++] = packets;
+			packets += latency->buckets[bucket];
+		}
+		octaves[MCR_OCTAVES] = packets;
+		octaves[MCR_OCTAVES + 1] = latency->sum_ns;
+	}
 }
 
 int mcr_mount_bpffs(const char *path)

@@ -5,6 +5,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include "relay_abi.h"
 
 enum mcr_program_kind {
 	MCR_PROGRAM_XDP = 1,
@@ -32,6 +33,29 @@ int mcr_program_name(uint32_t id, char name[16]);
 int mcr_test_run(int prog_fd, void *frame, uint32_t length, uint32_t headroom, uint32_t ifindex,
 		 uint32_t queue, void *out, uint32_t out_size, uint32_t *out_length, uint32_t *meta_length,
 		 uint32_t *verdict);
+
+/*
+ * What XDP counted on every CPU (stats_fd, a per-CPU map) together with what the workers counted (a whole map,
+ * mapped), for these ids: totals[i] is of ids[i]. One call for all of them, so that a reader of thousands
+ * holds Python's lock for none of it.
+ */
+int mcr_rule_totals(int stats_fd, const struct mcr_rule_counters *workers, const uint32_t *ids,
+		    uint32_t count, struct mcr_rule_counters *totals);
+int mcr_output_totals(int stats_fd, const struct mcr_output_counters *workers, const uint32_t *ids,
+		      uint32_t count, struct mcr_output_counters *totals);
+
+/*
+ * Latency by octave, for these rules: octaves[i * MCR_OCTAVE_COLUMNS] on are, for ids[i], the packets below
+ * 2^MCR_OCTAVE_FIRST_BITS ns, below twice that and so on, then all of them, then the sum of their times in ns.
+ */
+enum mcr_octave {
+	MCR_OCTAVE_FIRST_BITS = 10,
+	MCR_OCTAVES = 21, /* up to 1.07 s */
+	MCR_OCTAVE_COLUMNS = 23,
+};
+
+void mcr_latency_octaves(const struct mcr_latency *rules, const uint32_t *ids, uint32_t count,
+			 uint64_t *octaves);
 
 int mcr_mount_bpffs(const char *path);
 

@@ -41,7 +41,8 @@ MAX_FILE_BYTES = 4 * 1024 * 1024
 MAX_CPU = 8191  # NR_CPUS at most, linux/threads.h
 
 _KEYS = ("metrics", "attach", "rule", "control")
-_METRICS_KEYS = ("listen",)
+_TLS_KEYS = ("tls_cert", "tls_key", "client_ca")
+_METRICS_KEYS = ("listen", *_TLS_KEYS)
 _CONTROL_KEYS = ("read",)
 _ATTACH_KEYS = ("interface", "mode", "ingress", "zero_copy", "busy_poll", "workers", "egress_threads", "cpus")
 _RULE_KEYS = ("name", "from", "to", "path")
@@ -69,6 +70,15 @@ class Attachment:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files for the metrics. client_ca: whoever scrapes must show a certificate of this authority."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """What the files say. metrics_listen is `ADDR:PORT`, None if there shall be no metrics.
 
@@ -79,6 +89,7 @@ class Config:
     rules: tuple[Rule, ...] = ()
     metrics_listen: str | None = None
     control_read: ControlRead = "group"
+    metrics_tls: TlsFiles | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +125,7 @@ NOWHERE = Place()
 
 def load_config(paths: Sequence[Path]) -> Config:
     """The configuration that the files make together, in their order; the last `metrics.listen` and
-    `control.read` count.
+    `control.read` count, and so do the last TLS files.
 
     Raises McrError for the first thing wrong in any of them, and for rules that cannot go together or that no
     interface whatsoever could carry. A rule's input interface need not be attached.
@@ -123,18 +134,20 @@ def load_config(paths: Sequence[Path]) -> Config:
     rules: list[Rule] = []
     metrics_listen: str | None = None
     control_read: ControlRead = "group"
+    metrics_tls: TlsFiles | None = None
     for path in paths:
         table, place = _read(path)
         _check_keys(table, _KEYS, place, "a configuration")
         metrics_listen = _metrics_listen(table, place, metrics_listen)
         control_read = _control_read(table, place, control_read)
+        metrics_tls = _metrics_tls(table, place, metrics_tls)
         attachments += [parse_attachment(*item) for item in _tables(table, "attach", place)]
         rules += [parse_rule(*item) for item in _tables(table, "rule", place)]
     _check_attachments(attachments)
     check_rules(rules)
     for rule in rules:
         plan(rule, {})
-    return Config(tuple(attachments), tuple(rules), metrics_listen, control_read)
+    return Config(tuple(attachments), tuple(rules), metrics_listen, control_read, metrics_tls)
 
 
 def parse_attachment(table: Mapping[str, object], place: Place = NOWHERE) -> Attachment:
@@ -219,6 +232,22 @@ def _settings(
         raise McrError(f"{key} is {_kind(settings)}, not a table", f"write [{key}]", place.where)
     _check_keys(settings, keys, place, f"[{key}]")
     return settings, place
+
+
+def _metrics_tls(table: Mapping[str, object], place: Place, before: TlsFiles | None) -> TlsFiles | None:
+    """What the file says, or before if it names no TLS file."""
+    metrics, place = _settings(table, "metrics", _METRICS_KEYS, place)
+    paths: dict[str, Path] = {}
+    for key in (key for key in _TLS_KEYS if key in metrics):
+        paths[key] = Path(_text(metrics, key, place))
+        if not paths[key].is_absolute():
+            raise McrError(f"{key} is not an absolute path", "write it from / on", place.under(key).where)
+    if not paths:
+        return before
+    for key in _TLS_KEYS[:2]:
+        if key not in paths:
+            raise McrError(f"{key} is missing beside {next(iter(paths))}", f'add {key} = "/..."', place.where)
+    return TlsFiles(paths["tls_cert"], paths["tls_key"], paths.get("client_ca"))
 
 
 def _check_attachment(attachment: Attachment, place: Place) -> None:

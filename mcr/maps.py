@@ -34,6 +34,10 @@ def _reason_names(enum: str, prefix: str) -> tuple[str, ...]:
 
 DROP_REASONS = _reason_names("mcr_drop_reason", "MCR_DROP_")
 OUTPUT_DROP_REASONS = _reason_names("mcr_output_drop_reason", "MCR_OUTPUT_DROP_")
+RULE_COLUMNS = int(ffi.sizeof("struct mcr_rule_counters")) // 8
+OUTPUT_COLUMNS = int(ffi.sizeof("struct mcr_output_counters")) // 8
+OCTAVE_COLUMNS: int = lib.MCR_OCTAVE_COLUMNS
+OCTAVE_BOUNDS_NS = tuple(1 << (lib.MCR_OCTAVE_FIRST_BITS + octave) for octave in range(lib.MCR_OCTAVES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +122,13 @@ class _Counters:
         self._size = int(ffi.sizeof(f"struct {struct}"))
         length = -(-self._size * entries // mmap.PAGESIZE) * mmap.PAGESIZE
         self._memory = mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        self._view = ffi.cast(f"struct {struct} *", ffi.from_buffer(self._memory))
+        self.view = ffi.cast(f"struct {struct} *", ffi.from_buffer(self._memory))
         self._entries = entries
 
     def __getitem__(self, index: int) -> Any:
         if not 0 <= index < self._entries:
             raise IndexError(index)
-        return self._view[index]
+        return self.view[index]
 
     def clear(self, index: int) -> None:
         self._memory[index * self._size : (index + 1) * self._size] = bytes(self._size)
@@ -133,6 +137,12 @@ class _Counters:
 def _check(status: int, what: str) -> None:
     if status < 0:
         raise McrError(f"cannot {what}: {os.strerror(-status)}", "see the kernel's log, and restart MCR")
+
+
+def _numbers(array: Any, count: int) -> list[int]:
+    """An array of structs of __u64, flat."""
+    numbers: list[int] = ffi.unpack(ffi.cast("uint64_t *", array), count)
+    return numbers
 
 
 class Maps:
@@ -312,6 +322,32 @@ class Maps:
         return Latency(
             int(measured.count), int(measured.sum_ns), int(measured.max_ns), tuple(measured.buckets)
         )
+
+    def rule_totals(self, rule_ids: Sequence[int]) -> list[int]:
+        """The counts of many rules at once: RULE_COLUMNS numbers for each, in the order of RuleCounts, a
+        number for each of DROP_REASONS at their end."""
+        ids, totals = ffi.new("uint32_t[]", rule_ids), ffi.new("struct mcr_rule_counters[]", len(rule_ids))
+        fd, workers = self._fds["rule_stats"], self._rule_counters.view
+        _check(lib.mcr_rule_totals(fd, workers, ids, len(rule_ids), totals), "read the map rule_stats")
+        return _numbers(totals, RULE_COLUMNS * len(rule_ids))
+
+    def output_totals(self, output_ids: Sequence[int]) -> list[int]:
+        """The same of outputs: OUTPUT_COLUMNS numbers for each, the last of them the errno."""
+        ids, totals = (
+            ffi.new("uint32_t[]", output_ids),
+            ffi.new("struct mcr_output_counters[]", len(output_ids)),
+        )
+        fd, workers = self._fds["output_stats"], self._output_counters.view
+        _check(lib.mcr_output_totals(fd, workers, ids, len(output_ids), totals), "read the map output_stats")
+        return _numbers(totals, OUTPUT_COLUMNS * len(output_ids))
+
+    def latency_octaves(self, rule_ids: Sequence[int]) -> list[int]:
+        """The latency of many rules at once, OCTAVE_COLUMNS numbers for each: the packets below each of
+        OCTAVE_BOUNDS_NS, all of them, and the sum of their times in ns."""
+        octaves = ffi.new("uint64_t[]", OCTAVE_COLUMNS * len(rule_ids))
+        ids = ffi.new("uint32_t[]", rule_ids)
+        lib.mcr_latency_octaves(self._latency.view, ids, len(rule_ids), octaves)
+        return _numbers(octaves, OCTAVE_COLUMNS * len(rule_ids))
 
     def output_counts(self, output_id: int) -> OutputCounts:
         """What the kernel path counted on every CPU together with what the workers counted."""

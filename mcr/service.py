@@ -82,7 +82,7 @@ async def _status(supervisor: Supervisor, _: dict[str, Any]) -> object:
 
 
 async def _stats(supervisor: Supervisor, params: dict[str, Any]) -> object:
-    return views.stats(supervisor, _name(params))
+    return views.stats(supervisor, _name(params), latency=params.get("latency") is True)
 
 
 async def _joins(supervisor: Supervisor, _: dict[str, Any]) -> object:
@@ -210,7 +210,8 @@ async def run(
         if attachment is not None:
             await supervisor.attach(attachment)
         if address is not None:
-            stack.enter_context(metrics.serve(supervisor, *address))
+            listen = metrics.Listen(*address, config.metrics_tls)
+            stack.enter_context(metrics.serve(supervisor, listen, lambda: server.client_count))
         reloads: set[asyncio.Task[None]] = set()
         loop.add_signal_handler(
             signal.SIGHUP, lambda: reloads.add(asyncio.create_task(_reload_logged(supervisor)))

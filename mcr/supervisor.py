@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,6 +60,28 @@ class DesiredState:
         )
 
 
+@dataclass(slots=True)
+class Reloads:
+    """What became of the files after the start. last_success_s is Unix time; the start counts there."""
+
+    done: int = 0
+    failed: int = 0
+    last_successful: bool = True
+    last_success_s: float = field(default_factory=time.time)
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """One reload."""
+        try:
+            yield
+        except BaseException:
+            self.failed += 1
+            self.last_successful = False
+            raise
+        self.done += 1
+        self.last_successful, self.last_success_s = True, time.time()
+
+
 class Supervisor:
     """One instance, from start to stop. An async context manager; its methods are the control commands."""
 
@@ -76,7 +99,7 @@ class Supervisor:
         self.state = DesiredState()
         self.desired = Desired({}, {}, frozenset())
         self.attached: dict[str, AttachedInterface] = {}
-        self.reloads = 0
+        self.reloads = Reloads()
         self.membership = MembershipWorker()
         self.maps: Maps
         self._monitor = LinkMonitor(self._links_changed)
@@ -243,9 +266,9 @@ class Supervisor:
 
     async def reload(self) -> None:
         """Reads the files again and applies the difference; a wrong file changes nothing."""
-        config = await asyncio.to_thread(load_config, self.config_paths)
-        await self._change(lambda new: _take_config(new, config))
-        self.reloads += 1
+        with self.reloads.counted():
+            config = await asyncio.to_thread(load_config, self.config_paths)
+            await self._change(lambda new: _take_config(new, config))
 
     # --- desired to actual
 

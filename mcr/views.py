@@ -141,11 +141,14 @@ def rules(supervisor: "Supervisor", name: str | None = None) -> list[Row]:
     ]
 
 
-def stats(supervisor: "Supervisor", name: str | None = None) -> list[Row]:
-    """For each rule, or for one, a row of what it received and relayed and a row for each output."""
+def stats(supervisor: "Supervisor", name: str | None = None, latency: bool = False) -> list[Row]:
+    """For each rule, or for one, a row of what it received and relayed and a row for each output.
+
+    latency: with `latency_buckets`, which are not flat; see cli/streams.py.
+    """
     rows: list[Row] = []
     for state in _chosen(supervisor, name):
-        rows.append(_rule_row(supervisor, state))
+        rows.append(_rule_row(supervisor, state) | _latency(supervisor, state, latency))
         rows.extend(_output_row(supervisor, state, output) for output in state.outputs)
     return rows
 
@@ -166,6 +169,8 @@ def _rule_row(supervisor: "Supervisor", state: RuleState) -> Row:
         "object": "rule",
         "rule": state.rule.name,
         "stream": str(state.rule.stream),
+        "path": state.path,
+        "pending": state.pending,
         "received_packets": counts.received_packets,
         "received_bytes": counts.received_bytes,
         "relayed_packets": counts.relayed_packets,
@@ -186,3 +191,21 @@ def _output_row(supervisor: "Supervisor", state: RuleState, output: OutputState)
         "last_errno": counts.last_error,
         **{f"dropped_{reason}": count for reason, count in counts.dropped.items()},
     }
+
+
+def _latency(supervisor: "Supervisor", state: RuleState, with_buckets: bool) -> Row:
+    """Since the rule is there; None where nothing was measured, as on the kernel path."""
+    measured = supervisor.maps.rule_latency(state.rule_id)
+    if not measured.count:
+        return dict.fromkeys(("latency_p50_seconds", "latency_p99_seconds", "latency_max_seconds"))
+    p50_ns, p99_ns = measured.quantile_ns(0.5), measured.quantile_ns(0.99)
+    row: Row = {
+        "latency_p50_seconds": None if p50_ns is None else round(p50_ns / 1e9, 9),
+        "latency_p99_seconds": None if p99_ns is None else round(p99_ns / 1e9, 9),
+        "latency_max_seconds": measured.max_ns / 1e9,
+    }
+    if with_buckets:
+        row["latency_buckets"] = {
+            str(bucket): count for bucket, count in enumerate(measured.buckets) if count
+        }
+    return row

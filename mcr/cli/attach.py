@@ -4,7 +4,15 @@ import asyncio
 
 import click
 
-from mcr.cli.common import Settings, call, configure_log, errors_logged, log_options, say
+from mcr.cli.common import (
+    Settings,
+    call,
+    complete_interfaces,
+    configure_log,
+    errors_logged,
+    log_options,
+    say,
+)
 from mcr.config import parse_attachment
 from mcr.errors import ExitStatus, McrError
 
@@ -32,7 +40,7 @@ def _report(interface: str, mode: str, ingress: str) -> None:
 
 
 @click.command(name="attach")
-@click.argument("interface", metavar="IFACE")
+@click.argument("interface", metavar="IFACE", shell_complete=complete_interfaces)
 @click.option("--mode", type=click.Choice(["auto", "native", "generic"]), default="auto", show_default=True)
 @click.option("--ingress", type=click.Choice(["auto", "xsk", "packet"]), default="auto", show_default=True)
 @click.option("--zero-copy", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True)

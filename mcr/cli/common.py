@@ -6,20 +6,43 @@ It must never import the supervisor's side: commands that only ask must start fa
 import contextlib
 import json
 import logging
+import shutil
+import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from mcr import logs
+from mcr.cli.progress import progress
+from mcr.cli.tables import table
 from mcr.control import ControlClient, socket_path
 from mcr.errors import McrError
 
 Row = dict[str, Any]
 
 json_option = click.option("-j", "--json", "as_json", is_flag=True, help="A list of flat JSON objects.")
+
+
+COMPLETE_WITHIN_S = 1.0
+
+
+def complete_rules(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """The names of the instance's rules that begin so; none where there is no supervisor to ask."""
+    instance = ctx.find_root().params.get("instance") or "default"
+    try:
+        with ControlClient(socket_path(instance), timeout_s=COMPLETE_WITHIN_S) as client:
+            names = dict.fromkeys(row["rule"] for row in client.call("rule.show"))
+    except McrError:
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_interfaces(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    """The interfaces of this network namespace that begin so."""
+    return sorted(name for _, name in socket.if_nameindex() if name.startswith(incomplete))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +86,8 @@ def errors_logged(as_json: bool) -> Iterator[None]:
 
 def call(settings: Settings, method: str, **params: object) -> Any:
     """One request to the instance's supervisor. Raises McrError, also when there is none."""
-    with ControlClient(socket_path(settings.instance), timeout_s=30) as client:
+    path = socket_path(settings.instance)
+    with progress("waiting for the supervisor"), ControlClient(path, timeout_s=30) as client:
         return client.call(method, **params)
 
 
@@ -72,22 +96,14 @@ def print_json(rows: Sequence[Row]) -> None:
     print("[" + ",\n ".join(json.dumps(row) for row in rows) + "]")
 
 
-def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
-    """Aligned columns under their names; numbers to the right."""
-    cells = [[_text(row.get(column)) for column in columns] for row in rows]
-    widths = [max(len(line[index]) for line in (list(columns), *cells)) for index in range(len(columns))]
-    numeric = [all(isinstance(row.get(column), int | float | None) for row in rows) for column in columns]
-    for line in ([column.replace("_", " ").upper() for column in columns], *cells):
-        padded = (
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, numeric, strict=True)
-        )
-        print("  ".join(padded).rstrip())
+def print_table(
+    rows: Sequence[Row], columns: Sequence[str], names: Collection[str] = (), numbers: Collection[str] = ()
+) -> None:
+    """Aligned columns under their names; on a terminal the columns in names are cut to fit it."""
+    for line in table(rows, columns, terminal_width(), names, numbers):
+        print(line)
 
 
-def _text(value: object) -> str:
-    if value is None or value == "":
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return str(value)
+def terminal_width() -> int | None:
+    """Columns; None where the output goes to a file or another program, which gets everything."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

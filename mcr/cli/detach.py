@@ -2,11 +2,11 @@
 
 import click
 
-from mcr.cli.common import Settings, call
+from mcr.cli.common import Settings, call, complete_interfaces
 
 
 @click.command(name="detach")
-@click.argument("interface", metavar="IFACE")
+@click.argument("interface", metavar="IFACE", shell_complete=complete_interfaces)
 @click.pass_obj
 def command(settings: Settings, interface: str) -> None:
     """Detach MCR from IFACE; its rules wait."""

@@ -2,7 +2,7 @@
 
 import click
 
-from mcr.cli.common import Settings, call, json_option, print_json, print_table
+from mcr.cli.common import Settings, call, complete_rules, json_option, print_json, print_table
 
 
 @click.group(name="rule")
@@ -35,7 +35,7 @@ def add(
 
 
 @command.command(name="del")
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_rules)
 @click.pass_obj
 def delete(settings: Settings, names: tuple[str, ...]) -> None:
     """Delete rules that were added by command: all of those named, or none."""
@@ -43,7 +43,7 @@ def delete(settings: Settings, names: tuple[str, ...]) -> None:
 
 
 @command.command(name="show")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_rules)
 @json_option
 @click.pass_obj
 def show(settings: Settings, name: str | None, as_json: bool) -> None:
@@ -52,7 +52,10 @@ def show(settings: Settings, name: str | None, as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    print_table(rows, ("rule", "from", "to", "path", "state", "output_state", "origin"))
+    shown = [row | {"state": row["output_state"]} for row in rows]  # of a rule that waits, each output does
+    print_table(
+        shown, ("rule", "from", "to", "path", "state", "origin"), names=("rule", "from", "to", "origin")
+    )
     for reason in dict.fromkeys(row["reason"] or row["output_reason"] for row in rows):
         if reason:
             print(f"pending: {reason}")

@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import click
 
+from mcr.cli.progress import progress
 from mcr.errors import ExitStatus
 from mcr.stream import parse_output
 from mcr.traffic.interrupt import stop_on_signals
@@ -75,7 +76,7 @@ def command(
     --duration it sends until Ctrl-C.
     """
     output = parse_output(stream)
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, progress("sending"):
         report = send(
             output,
             rate=rate,

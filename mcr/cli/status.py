@@ -2,21 +2,27 @@
 
 import click
 
-from mcr.cli.common import Settings, call, json_option, print_json, print_table
+from mcr.cli.common import Row, Settings, call, json_option, print_json, print_table
 
 COLUMNS = (
     "interface",
     "state",
     "mode",
     "ingress",
-    "zero_copy",
     "queues",
     "rules",
-    "worker_pid",
-    "worker_restarts",
+    "worker",
+    "restarts",
 )
 WORKER_COLUMNS = ("interface", "worker", "pid", "state", "queues", "cpus", "restarts")
 REFUSED_SHOWN = 10
+
+
+def _shown(row: Row) -> Row:
+    """worker is its pid, or how many there are; an ingress that does not copy says so."""
+    ingress = f"{row['ingress']} zero-copy" if row["zero_copy"] else row["ingress"]
+    worker = row["worker_pid"] if row["workers"] == 1 else f"{row['workers']} workers"
+    return row | {"ingress": ingress, "worker": worker, "restarts": row["worker_restarts"]}
 
 
 @click.command(name="status")
@@ -30,7 +36,7 @@ def command(settings: Settings, as_json: bool) -> None:
         return
     interfaces = [row for row in rows if row["object"] == "interface"]
     if interfaces:
-        print_table(interfaces, COLUMNS)
+        print_table([_shown(row) for row in interfaces], COLUMNS, names=("interface",))
     else:
         print("no interface is attached (mcr attach IFACE)")
     workers = [row for row in rows if row["object"] == "worker"]

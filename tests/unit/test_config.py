@@ -14,6 +14,7 @@ from mcr.config import (
     MAX_FILE_BYTES,
     Attachment,
     Config,
+    TlsFiles,
     load_config,
     parse_attachment,
     parse_listen,
@@ -62,6 +63,17 @@ def refused(*paths: Path) -> McrError:
     with pytest.raises(McrError) as caught:
         load_config(paths)
     return caught.value
+
+
+def test_the_last_tls_files_count(tmp_path: Path) -> None:
+    both = '[metrics]\ntls_cert = "/a.pem"\ntls_key = "/a.key"\n'
+    one = write(tmp_path, both, "one.toml")
+    two = write(tmp_path, both + 'client_ca = "/ca.pem"\n', "two.toml")
+    silent = write(tmp_path, "", "silent.toml")
+    assert load_config([silent]).metrics_tls is None
+    assert load_config([two, one, silent]).metrics_tls == TlsFiles(Path("/a.pem"), Path("/a.key"))
+    tls = load_config([one, two]).metrics_tls
+    assert tls is not None and tls.client_ca == Path("/ca.pem")
 
 
 def test_a_file_becomes_attachments_rules_and_settings(tmp_path: Path) -> None:
@@ -166,6 +178,10 @@ ATTACH = '[[attach]]\ninterface = "eth0"\n'
         ("rule = [\n{name = 'a'},\n1]", 2, "from is missing", "add from = ..."),
         ("rule = [\n1]", 2, "rule holds an integer", "write [[rule]]"),
         # Metrics.
+        ("[metrics]\ntls_cert = 'a.pem'", 2, "tls_cert is not an absolute path", "write it from / on"),
+        ("[metrics]\ntls_cert = '/a.pem'", 1, "tls_key is missing beside tls_cert", 'add tls_key = "/..."'),
+        ("[metrics]\nclient_ca = '/a.pem'", 1, "tls_cert is missing beside client_ca", "add tls_cert"),
+        ("[metrics]\ntls_key = 1", 2, "tls_key is an integer, not a string", "put it in quotes"),
         ("[metrics]\nlisten = 9931", 2, "listen is an integer, not a string", "put it in quotes"),
         ("[metrics]\nlisten = ':9931'", 2, "':9931' is not an address and a port", "127.0.0.1:9931"),
         ("[metrics]\nlisten = 'on'", 2, "'on' is not an address and a port", "127.0.0.1:9931"),
