@@ -81,10 +81,18 @@ class Ground:
 
     def __init__(self, lab: Lab, setting: Setting) -> None:
         self.lab, self.setting = lab, setting
-        self.source, self.sink = lab.namespace("src"), lab.namespace("dst")
+        self.source, self.sink = self._namespace("src"), self._namespace("dst")
         self._lanes = 0
-        for namespace in (self.source, self.sink):
-            _do_not_check_reverse_paths(lab, namespace)
+
+    def _namespace(self, label: str) -> Namespace:
+        """No reverse-path check, and no IPv6: a neighbour's solicitation that another CPU sends in the midst
+        of a trial takes the receiving interface's NAPI over to that CPU, for as long as packets come.
+        """
+        namespace = self.lab.namespace(label)
+        settings = ["net.ipv4.conf.all.rp_filter=0", "net.ipv4.conf.default.rp_filter=0"]
+        settings += ["net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1"]
+        self.lab.run(namespace, ["sysctl", "-qw", *settings])
+        return namespace
 
     def direct(self) -> Lane:
         """Generator and sink with nothing between them."""
@@ -94,7 +102,7 @@ class Ground:
     def lane(self) -> Lane:
         """One more lane."""
         number, self._lanes = self._lanes, self._lanes + 1
-        namespaces = [self.lab.namespace(f"relay{number}{hop}") for hop in range(self.setting.hops)]
+        namespaces = [self._namespace(f"relay{number}{hop}") for hop in range(self.setting.hops)]
         sources = self._join_sources(number, namespaces[0])
         for hop, (here, following) in enumerate(pairwise(namespaces)):
             self.lab.veth(
@@ -103,8 +111,6 @@ class Ground:
             )  # fmt: skip
             self._give_napi(following, "in0")
         sinks = self._join_sinks(number, namespaces[-1])
-        for namespace in namespaces:
-            _do_not_check_reverse_paths(self.lab, namespace)
         return Lane(tuple(self._nodes(namespaces)), sources, sinks)
 
     def _nodes(self, namespaces: list[Namespace]) -> list[Node]:
@@ -143,9 +149,3 @@ class Ground:
         redirected frames.
         """
         self.lab.run(namespace, ["ethtool", "-K", interface, "gro", "on"])
-
-
-def _do_not_check_reverse_paths(lab: Lab, namespace: Namespace) -> None:
-    lab.run(
-        namespace, ["sh", "-c", "for file in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 0 >$file; done"]
-    )

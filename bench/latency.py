@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from bench.lanes import Ground, Lane, Setting
-from bench.machine import GENERATOR_CPU, pin
+from bench.machine import GENERATOR_CPU, pin, worker_cpu
 from bench.measure import Bench, Comparison, Job, Progress, streams_of
 from bench.relays import Mcr, Relay, RelayRefusedError
 from bench.results import Results
@@ -102,7 +102,7 @@ def measure_sockets(
 
 
 def _socket_trial(lab: Lab, ground: Ground, relay: Relay, lane: Lane, seconds: float) -> dict[str, float]:
-    """The listener has no CPU of its own: it takes what the source and the worker leave."""
+    """The listener shares the worker's CPU: the source has the other."""
     streams = streams_of(ground.setting)
     to = relay.destination(lane, streams, 0)
     count = int(SOCKET_RATE_PPS * max(seconds, 0.2))
@@ -114,6 +114,7 @@ def _socket_trial(lab: Lab, ground: Ground, relay: Relay, lane: Lane, seconds: f
     )
     listener = lab.spawn(ground.sink, [*command, *receive.split()])
     listener.wait_for("ready", SOCKET_TIMEOUT_S)
+    pin(listener.pid, worker_cpu(0))
     source = lab.spawn(ground.source, [*command, *send.split()])
     pin(source.pid, GENERATOR_CPU)
     source.wait(SOCKET_TIMEOUT_S)

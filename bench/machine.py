@@ -117,12 +117,14 @@ def before_other_sessions() -> Iterator[None]:
         path.write_text(nice[1])
 
 
-def resident_bytes(pid: int, without_bytes: int = 0) -> int:
-    """Resident memory of a process, without its mappings of exactly without_bytes, such as a frame pool."""
-    resident, size_bytes = 0, 0
+def resident_bytes(pid: int, pool_bytes: int = 0) -> int:
+    """Resident memory of a process, beside a pool of so many bytes: in its largest mapping."""
+    sizes: list[int] = []
+    resident: list[int] = []
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if line.startswith("Size:"):
-            size_bytes = int(line.split()[1]) * 1024
-        elif line.startswith("Rss:") and size_bytes != without_bytes:
-            resident += int(line.split()[1]) * 1024
-    return resident
+            sizes.append(int(line.split()[1]) * 1024)
+        elif line.startswith("Rss:"):
+            resident.append(int(line.split()[1]) * 1024)
+    largest = max(zip(sizes, resident, strict=True))[1]
+    return sum(resident) - min(pool_bytes, largest)

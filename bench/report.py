@@ -112,15 +112,18 @@ def _number(value: float) -> str:
 def _throughput_legend() -> str:
     return (
         "Packets/s at the inputs; every output sends as many. CPU: nanoseconds of the whole machine for each"
-        " packet at\nthe throughput, generator and sink included. Spread: between the least and the most of the rounds."
+        " packet at\nthe throughput, generator and sink included. Spread: from the least to the most of the"
+        " rounds."
     )
 
 
 def _setting_tables(results: Results) -> list[str]:
-    settings = dict.fromkeys(
-        record.setting for record in results if "overload_offered_pps" in record.metrics or record.refused
-    )
+    settings = dict.fromkeys(record.setting for record in results if _has_throughput(record))
     return [setting_table(results, setting) for setting in settings]
+
+
+def _has_throughput(record: Record) -> bool:
+    return "overload_offered_pps" in record.metrics or "throughput_pps" in record.refused
 
 
 def setting_table(results: Results, setting: Setting) -> str:
@@ -131,7 +134,7 @@ def setting_table(results: Results, setting: Setting) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for record in results:
-        if record.setting == setting and ("overload_offered_pps" in record.metrics or record.refused):
+        if record.setting == setting and _has_throughput(record):
             lines.append(f"| {record.relay} | " + " | ".join(_throughput_cells(results, record)) + " |")
     return "\n".join(lines)
 

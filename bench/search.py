@@ -12,8 +12,10 @@ from dataclasses import dataclass
 MIN_RATE_PPS = 5_000  # below it the generator does not keep its pace
 FIRST_STEP = 0.1
 LAST_STEP = 0.5
-CONFIRM_STEP = 0.04
+FIRST_CONFIRM_STEP = 0.04
+LAST_CONFIRM_STEP = 0.3
 CONFIRM_RATES = 10
+KEEP_UP_SHARE = 0.95  # of the rate offered, that must be delivered
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,8 @@ class Trial:
 
     @property
     def lossless(self) -> bool:
-        return self.lost == 0
+        """Nothing was lost, and nothing is owed to buffers that only a short trial does not fill."""
+        return self.lost == 0 and self.delivered_pps >= KEEP_UP_SHARE * self.offered_pps
 
 
 Offer = Callable[[float], Trial]
@@ -91,13 +94,15 @@ def _best_of_attempts(offer: Offer, rate_pps: float, attempts: int) -> Trial:
 
 def confirm(offer: Offer, rate_pps: float, method: Method) -> tuple[Trial, ...]:
     """Lossless trials in a row, at this rate or the next below that has them; none if no rate has."""
+    step = FIRST_CONFIRM_STEP
     for _ in range(CONFIRM_RATES):
         if rate_pps < MIN_RATE_PPS:
             break
         for _ in range(method.attempts):
             if row := _all_lossless(offer, rate_pps, method.trials):
                 return row
-        rate_pps *= 1 - CONFIRM_STEP
+        rate_pps *= 1 - step
+        step = min(2 * step, LAST_CONFIRM_STEP)
     return ()
 
 

@@ -4,6 +4,7 @@ It must never decide what to measure, and must never be what limits a measuremen
 """
 
 import ctypes
+import errno
 import ipaddress
 import os
 import platform
@@ -222,7 +223,9 @@ class Traffic:
             flags=LIVE_FRAMES,
             batch_size=batch,
         )
-        status = int(self._libbpf.bpf_prog_test_run_opts(self._programs.generate, ctypes.byref(options)))
+        status = -errno.EINTR
+        while status == -errno.EINTR:  # by a signal: the generator goes on from where it was
+            status = int(self._libbpf.bpf_prog_test_run_opts(self._programs.generate, ctypes.byref(options)))
         if status:
             raise OSError(-status, f"BPF_PROG_TEST_RUN: {os.strerror(-status)}")
 
