@@ -33,7 +33,6 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
     "sizes": tuple(Setting(payload_bytes=size) for size in (64, 512, 1316, 1472)),
     "latency": (Setting(),),
 }
-MAX_SMCROUTE_OUTPUTS = 30  # VIFs of the kernel's multicast routing: 32, one for the input
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +56,7 @@ def plan(parts: Iterable[str], paths: Iterable[McrPath]) -> Plan:
 
 def relays_for(setting: Setting, paths: tuple[McrPath, ...]) -> tuple[Relay, ...]:
     """smcroute, every path, and socat where it can do it; the AF_PACKET ingress only with one hop."""
-    relays: list[Relay] = []
-    if setting.outputs <= MAX_SMCROUTE_OUTPUTS:
-        relays.append(Smcroute())
+    relays: list[Relay] = [Smcroute()]
     relays += [Mcr(path) for path in paths if path != "packet" or setting.hops == 1]
     if setting == Setting(payload_bytes=setting.payload_bytes):
         relays.append(Socat())

@@ -22,6 +22,7 @@ from tests.netns.lab import Lab, LabError, Process
 
 START_LIMIT_S = 30.0
 POLL_S = 0.02
+MAX_VIFS = 32  # linux/mroute.h
 FRAME_BYTES = 2048  # of a worker's pool, at the MTU of the lanes
 
 McrPath = Literal["kernel", "xsk", "packet"]
@@ -226,6 +227,8 @@ class Smcroute(Relay):
 
     def start(self, lab: Lab, lane: Lane, streams: Streams) -> None:
         program = _program("smcrouted", "smcroute")
+        if len(lane.sources) + len(lane.sinks) > MAX_VIFS:
+            raise RelayRefusedError(f"kernel multicast routing has {MAX_VIFS} interfaces")
         wanted = 0 if self.without_rules else len({group for group, _ in streams.all()})
         for node in lane.nodes:
             name = node.namespace.name

@@ -89,8 +89,8 @@ class Programs:
 
     def __init__(self) -> None:
         self.module = _compile()
-        self.generate = _load(self.module, "generate")
-        self.sink = _load(self.module, "sink")
+        self.generate = _load(self.module, b"generate")
+        self.sink = _load(self.module, b"sink")
         self.trial = 0
 
     def __enter__(self) -> Self:
@@ -121,7 +121,7 @@ class Traffic:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-        table = self._table["sinks"]
+        table = self._table[b"sinks"]
         for expected in self._sinks.values():
             table[ctypes.c_uint32(expected[0])] = table.Leaf()
 
@@ -142,7 +142,7 @@ class Traffic:
         timed: by the exact clock, with the latency of each packet.
         """
         self._programs.trial += 1
-        orders, sinks = self._table["orders"], self._table["sinks"]
+        orders, sinks = self._table[b"orders"], self._table[b"sinks"]
         fresh = orders.Leaf()
         fresh.next_sequence = self._programs.trial << TRIAL_SHIFT
         for interface in interfaces:
@@ -155,8 +155,8 @@ class Traffic:
             expected.first_arrival, expected.timed = first, timed
             sinks[ctypes.c_uint32(ifindex)] = expected
         if timed:
-            self._table["latencies"].clear()
-            self._table["longest_ns"].clear()
+            self._table[b"latencies"].clear()
+            self._table[b"longest_ns"].clear()
 
     def send(self, interfaces: Sequence[str], streams: Streams, count: int, rate_pps: float) -> Sent:
         """Sends count packets out of interfaces of the source namespace, cycling through the streams.
@@ -170,7 +170,7 @@ class Traffic:
             indices = [socket.if_nametoindex(interface) for interface in interfaces]
             self._set_generator(frame, indices, streams, count, rate_pps)
             self._run(frame, count, batch)
-        state = self._table["generators"][ctypes.c_uint32(0)]
+        state = self._table[b"generators"][ctypes.c_uint32(0)]
         first_ns, last_ns = int(state.first_ns), int(state.last_ns)
         return Sent(int(state.sent), first_ns, (last_ns - first_ns) / 1e9, int(state.waited_ns))
 
@@ -190,9 +190,9 @@ class Traffic:
         try:
             yield
         finally:
-            self._table["stopped"][ctypes.c_uint32(0)] = ctypes.c_uint32(1)
+            self._table[b"stopped"][ctypes.c_uint32(0)] = ctypes.c_uint32(1)
             thread.join()
-            self._table["stopped"][ctypes.c_uint32(0)] = ctypes.c_uint32(0)
+            self._table[b"stopped"][ctypes.c_uint32(0)] = ctypes.c_uint32(0)
         if ended:
             raise ended[0]
 
@@ -201,7 +201,7 @@ class Traffic:
     ) -> None:
         if not 1 <= len(ifindexes) <= MAX_INPUTS:
             raise McrError(f"{len(ifindexes)} inputs", f"the generator sends from 1 to {MAX_INPUTS}")
-        table = self._table["generators"]
+        table = self._table[b"generators"]
         state = table.Leaf()
         state.count, state.sequence = count, self._programs.trial << TRIAL_SHIFT
         state.interval = round(1e9 / rate_pps / DUE_UNIT_NS) if rate_pps else 0
@@ -232,7 +232,7 @@ class Traffic:
     def arrived(self, interface: str) -> Arrived:
         """What has reached an interface in this trial."""
         ifindex, streams, first = self._sinks[interface]
-        sink, table = self._table["sinks"][ctypes.c_uint32(ifindex)], self._table["orders"]
+        sink, table = self._table[b"sinks"][ctypes.c_uint32(ifindex)], self._table[b"orders"]
         rows = [table[ctypes.c_uint32(first + index)] for index in range(streams.count)]
         return Arrived(
             int(sink.packets),
@@ -244,7 +244,7 @@ class Traffic:
 
     def packets(self, interface: str) -> int:
         """How many packets have reached an interface in this trial."""
-        return int(self._table["sinks"][ctypes.c_uint32(self._sinks[interface][0])].packets)
+        return int(self._table[b"sinks"][ctypes.c_uint32(self._sinks[interface][0])].packets)
 
     def settle(self, interfaces: Sequence[str], sent: int) -> list[Arrived]:
         """What has reached the interfaces, once each has got what was sent or nothing more comes."""
@@ -258,9 +258,9 @@ class Traffic:
 
     def latency(self) -> Histogram:
         """From the generator's stamp to the sinks, all of them together, in this timed trial."""
-        table = self._table["latencies"]
+        table = self._table[b"latencies"]
         buckets = [sum(table[ctypes.c_uint32(bucket)]) for bucket in range(BUCKETS)]
-        return Histogram(tuple(buckets), max(self._table["longest_ns"][ctypes.c_uint32(0)]))
+        return Histogram(tuple(buckets), max(self._table[b"longest_ns"][ctypes.c_uint32(0)]))
 
 
 def _compile() -> Any:
@@ -271,10 +271,11 @@ def _compile() -> Any:
     except ImportError as error:
         raise McrError(f"the BPF compiler is missing: {error}", "apt install python3-bpfcc") from error
     includes = ["/usr/include", f"/usr/include/{platform.machine()}-linux-gnu"]
-    return BPF(src_file=str(SOURCE_FILE), cflags=[word for path in includes for word in ("-idirafter", path)])
+    flags = [word for path in includes for word in ("-idirafter", path)]
+    return BPF(src_file=bytes(SOURCE_FILE), cflags=flags)
 
 
-def _load(module: Any, name: str) -> int:
+def _load(module: Any, name: bytes) -> int:
     from bcc import BPF
 
     return int(module.load_func(name, BPF.XDP).fd)
