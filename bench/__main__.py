@@ -140,7 +140,7 @@ def _measure(wanted: Plan, paths: tuple[McrPath, ...], method: Method) -> Result
     results = Results({**machine.described(), "mcr": _revision()}, asdict(method))
     with (
         tempfile.TemporaryDirectory(prefix="mcr-bench-", dir="/tmp") as directory,
-        machine.before_other_sessions(),
+        machine.before_other_work(),
         Programs() as programs,
     ):
         new_lab = _labs(Path(directory))
