@@ -82,6 +82,7 @@ def run(
     out: Path,
 ) -> None:
     """Measure, and write results.json, results.md and plots."""
+    plots.require()
     method = QUICK if quick else FULL
     method = replace(method, trials=trials or method.trials, seconds=seconds or method.seconds)
     wanted = plan(parts or (QUICK_PARTS if quick else tuple(PARTS)), paths)

@@ -104,9 +104,9 @@ def pinned(cpu: int) -> Iterator[None]:
 def before_other_work() -> Iterator[None]:
     """The benchmark comes before the rest of the machine for a while.
 
-    That is this session's processes, which nice alone does not do: the scheduler shares CPUs out among sessions
-    first (autogroups, sched(7)), if it was built so. And the softirq threads, whose packets would otherwise
-    wait for a generator that never sleeps.
+    That is this session's processes, which nice alone does not do: the scheduler shares CPUs out among
+    sessions first (autogroups, sched(7)), if it was built so. And the softirq threads, whose packets would
+    otherwise wait for a generator that never sleeps.
     """
     with contextlib.ExitStack() as stack:
         path = Path("/proc/self/autogroup")

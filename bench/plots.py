@@ -43,7 +43,7 @@ GROWTHS = (
 
 def draw(results: Results, directory: Path) -> list[Path]:
     """Writes a PNG for each picture that has two points or more. Raises McrError without matplotlib."""
-    pyplot = _pyplot()
+    pyplot = require()
     directory.mkdir(parents=True, exist_ok=True)
     paths = [path for growth in GROWTHS if (path := _draw_growth(pyplot, results, growth, directory))]
     if latency := _draw_latency(pyplot, results, directory):
@@ -51,7 +51,8 @@ def draw(results: Results, directory: Path) -> list[Path]:
     return paths
 
 
-def _pyplot() -> Any:
+def require() -> Any:
+    """What draws. Raises McrError where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError as error:
