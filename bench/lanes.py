@@ -140,6 +140,8 @@ class Ground:
         for index, sink in enumerate(sinks):
             self.lab.veth(relay, f"out{index}", self.sink, sink, addresses_a=(f"10.2.{index}.1/24",))
             self._give_napi(self.sink, sink)
+            # Packets cross the wire one by one: a super-packet must not reach the sink in one piece.
+            self.lab.run(relay, ["ethtool", "-K", f"out{index}", "tx-udp-segmentation", "off"])
         return sinks
 
     def _give_napi(self, namespace: Namespace, interface: str) -> None:

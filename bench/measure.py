@@ -161,7 +161,7 @@ class Comparison:
     def _add_runner(self, label: str, lane: Lane, destination: Streams, relay: Relay | None = None) -> None:
         for index, interface in enumerate(lane.sinks):
             expected = relay.destination(lane, destination, index) if relay else destination
-            self.traffic.expect(interface, expected)
+            self.traffic.expect(interface, expected, frames=relay is None or relay.sends_frames)
         self.runners[label] = Runner(self.traffic, lane, streams_of(self.job.setting), self.method)
 
     def _start(self, relay: Relay) -> None:

@@ -37,6 +37,7 @@ class Relay(ABC):
 
     label: str
     translates = False
+    sends_frames = False  # as XDP frames, not packets of the stack
 
     def __init__(self) -> None:
         self._processes: list[Process] = []
@@ -110,6 +111,7 @@ class Mcr(Relay):
         super().__init__()
         self.path, self.busy_poll = path, busy_poll
         self.without_rules, self.without_attachment = without_rules, without_attachment
+        self.sends_frames = path == "kernel"
         self.label = f"MCR {path}{' busy-poll' if busy_poll else ''}"
         self.clients: list[ControlClient] = []
         self._workers: list[int] = []

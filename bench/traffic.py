@@ -31,6 +31,7 @@ MAX_STREAMS = 65536
 TRIAL_SHIFT = 40
 DUE_UNIT_NS = 1 / 256
 MAX_BATCH = 64
+TCX_INGRESS = 46  # BPF_TCX_INGRESS, linux/bpf.h
 LIVE_FRAMES = 2  # BPF_F_TEST_XDP_LIVE_FRAMES, linux/bpf.h
 FLOW_LIMIT_S = 30.0  # of traffic that flows until it is stopped
 QUIET_S = 0.05
@@ -91,6 +92,7 @@ class Programs:
         self.module = _compile()
         self.generate = _load(self.module, b"generate")
         self.sink = _load(self.module, b"sink")
+        self.stack_sink = _load(self.module, b"stack_sink", stack=True)
         self.trial = 0
 
     def __enter__(self) -> Self:
@@ -125,16 +127,30 @@ class Traffic:
         for expected in self._sinks.values():
             table[ctypes.c_uint32(expected[0])] = table.Leaf()
 
-    def expect(self, interface: str, streams: Streams) -> None:
-        """Attaches the sink to an interface of the sink namespace, to count these streams."""
+    def expect(self, interface: str, streams: Streams, *, frames: bool) -> None:
+        """Attaches the sink to an interface of the sink namespace, to count these streams.
+
+        frames: as what they arrive: XDP frames, or packets of the stack, each with the sink that costs less.
+        """
         with self._lab.inside(self._sink):
             ifindex = socket.if_nametoindex(interface)
             if self._streams_used + streams.count > MAX_STREAMS or ifindex >= MAX_INTERFACES:
                 raise McrError("too many streams for the sinks", "ask for fewer streams or outputs")
-            link: Link = attach(self._programs.sink, interface, ifindex, "native")
-        self._stack.callback(link.close)
+            if frames:
+                link: Link = attach(self._programs.sink, interface, ifindex, "native")
+                self._stack.callback(link.close)
+            else:
+                self._stack.callback(os.close, self._attach_to_stack(ifindex))
         self._sinks[interface] = ifindex, streams, self._streams_used
         self._streams_used += streams.count
+
+    def _attach_to_stack(self, ifindex: int) -> int:
+        link = int(self._libbpf.bpf_link_create(self._programs.stack_sink, ifindex, TCX_INGRESS, None))
+        if link < 0:
+            raise McrError(
+                f"cannot attach the sink: {os.strerror(-link)}", "the benchmark needs Linux 6.6 (tcx)"
+            )
+        return link
 
     def begin_trial(self, interfaces: Sequence[str], timed: bool = False) -> None:
         """Sets the counters of these sinks to zero; what is still under way will not be counted.
@@ -275,7 +291,7 @@ def _compile() -> Any:
     return BPF(src_file=bytes(SOURCE_FILE), cflags=flags)
 
 
-def _load(module: Any, name: bytes) -> int:
+def _load(module: Any, name: bytes, *, stack: bool = False) -> int:
     from bcc import BPF
 
-    return int(module.load_func(name, BPF.XDP).fd)
+    return int(module.load_func(name, BPF.SCHED_CLS if stack else BPF.XDP).fd)

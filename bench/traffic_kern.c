@@ -4,8 +4,8 @@
  *
  * `generate` is run by BPF_PROG_TEST_RUN with BPF_F_TEST_XDP_LIVE_FRAMES, once for each packet: it writes the
  * whole header, since the pages come back as the relay left them, waits until the packet is due and redirects
- * it to the source's own end of a veth pair. `sink` counts what arrives by stream and drops it; what is
- * not of the benchmark goes to the stack.
+ * it to the source's own end of a veth pair. `sink` and `stack_sink` count what arrives by stream and drop it;
+ * what is not of the benchmark goes on to the stack.
  *
  * Each runs on one CPU at a time: the generator in its caller, a sink in the NAPI of its one receive queue.
  * So nothing here is atomic. Compiled by BCC, which gives Python the structs as well.
@@ -25,6 +25,8 @@
 #define OFFSET_GROUP 30
 #define OFFSET_PORT 36
 
+#define TCX_NEXT -1 /* linux/bpf.h from 6.6 on */
+#define TCX_DROP 2
 #define MAX_INPUTS 8	    /* interfaces that the source sends from at once */
 #define MAX_INTERFACES 1024 /* interface indices of one namespace */
 #define MAX_STREAMS 65536   /* streams times interfaces of one benchmark */
@@ -263,27 +265,51 @@ static __always_inline void count(struct sink *sink, struct order *order, const 
 	order->next_sequence = sequence + 1;
 }
 
-int sink(struct xdp_md *ctx)
+/* Counts a packet if it is of the benchmark; 0 if it is not. */
+static __always_inline int take(void *frame, void *end, u32 ifindex)
 {
-	void *frame = (void *)(long)ctx->data;
-	u32 ifindex = ctx->ingress_ifindex, stream, index;
 	struct sink *expected;
 	struct order *order;
+	u32 stream, index;
 
 	expected = sinks.lookup(&ifindex);
-	if (!expected || frame + HEADER_BYTES + STAMP_BYTES > (void *)(long)ctx->data_end)
-		return XDP_PASS;
+	if (!expected || frame + HEADER_BYTES + STAMP_BYTES > end)
+		return 0;
 	if (*(u16 *)(frame + OFFSET_ETHERTYPE) != ETHERNET_IPV4 ||
 	    *(u8 *)(frame + OFFSET_IP) != IPV4_WITHOUT_OPTIONS ||
 	    *(u8 *)(frame + OFFSET_PROTOCOL) != PROTOCOL_UDP)
-		return XDP_PASS;
+		return 0;
 	stream = stream_of(frame, expected);
 	if (stream >= expected->streams)
-		return XDP_PASS;
+		return 0;
 	index = expected->first_arrival + stream;
 	order = orders.lookup(&index);
 	if (!order)
-		return XDP_PASS; /* never so: the benchmark hands out indices below MAX_STREAMS */
+		return 0; /* never so: the benchmark hands out indices below MAX_STREAMS */
 	count(expected, order, frame + HEADER_BYTES);
-	return XDP_DROP;
+	return 1;
+}
+
+int sink(struct xdp_md *ctx)
+{
+	int taken = take((void *)(long)ctx->data, (void *)(long)ctx->data_end, ctx->ingress_ifindex);
+
+	return taken ? XDP_DROP : XDP_PASS;
+}
+
+/*
+ * At the stack's ingress, for relays that send packets of the stack's own kind: on a veth, XDP would copy each
+ * of those first, on the relay's CPU. Their payload may lie outside the linear part.
+ */
+int stack_sink(struct __sk_buff *skb)
+{
+	/* The verifier wants the stamp aligned. */
+	struct {
+		u8 unused[6];
+		u8 frame[HEADER_BYTES + STAMP_BYTES];
+	} copy __attribute__((aligned(8)));
+
+	if (bpf_skb_load_bytes(skb, 0, copy.frame, sizeof(copy.frame)))
+		return TCX_NEXT;
+	return take(copy.frame, copy.frame + sizeof(copy.frame), skb->ifindex) ? TCX_DROP : TCX_NEXT;
 }
