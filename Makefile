@@ -13,7 +13,7 @@ C_FILES := $(filter-out $(wildcard mcr/_*.c mcr/*/_*.c), \
 	$(wildcard bench/*.[ch] bpf/*.[ch] mcr/*.[ch] mcr/*/*.[ch] tests/c/*.[ch]))
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test soak bench lint format install uninstall install-service uninstall-service clean distclean
+.PHONY: help build demo test soak bench bench-check lint format install uninstall install-service uninstall-service clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,8 +31,13 @@ soak: build ## run the long tests with the full figures (root)
 	@scripts/set-up soak
 	@scripts/as-root $(PYTHON) -m pytest -m soak --timeout 900 tests
 
-bench: build ## measure throughput against smcroute, about 10 minutes (root; apt install smcroute socat)
-	@scripts/as-root $(PYTHON) -m bench.throughput
+bench: ## measure against smcroute and socat: build/bench/results.md (root)
+	@scripts/set-up bench
+	@scripts/as-root $(PYTHON) -m bench run $(BENCH_OPTIONS)
+
+bench-check: ## measure the targets and compare ratios with the recorded ones (root)
+	@scripts/set-up bench
+	@scripts/as-root $(PYTHON) -m bench check
 
 lint: build ## check style, types and format
 	$(PYTHON) -m ruff check .

@@ -1,274 +1,308 @@
-"""How a relay's throughput is measured: lanes, trials, the search of RFC 2544, and when a figure is refused.
-
-             src                 relay, one for each that is measured          dst
-            +------------------+         +--------------------+         +----------------------+
-            | generator    toN |  veth   | in0           out0 |  veth   | fromNx0         sink |
-            | on CPU 0         |---------|               out1 |---------| fromNx1         sink |
-            +------------------+         +--------------------+         +----------------------+
+"""How relays are measured against each other in one setting: lanes, rounds, and when a figure is refused.
 
 Every relay has a lane of its own, all alike, as long as relays are compared, so that trials alternate among
-them. Throughput is the highest offered rate at which nothing is lost (RFC 1242 section 3.17); rates are those
-that the generator reached, never those that it was asked for. This module must never take a figure for a
-relay's when the generator or a sink was the limit.
+them. One more lane has no relay: it tells what generator and sink do by themselves, in the same rounds. This
+module must never take a figure for a relay's when the generator or a sink was the limit.
 """
 
-import statistics
+import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Self
 
-from bench.relays import Lane, Relay, RelayRefusedError
-from bench.traffic import MIN_RATE_PPS, Streams, Traffic
+from bench.histogram import Histogram
+from bench.lanes import Ground, Lane, Setting
+from bench.machine import CpuTime
+from bench.relays import Relay, RelayRefusedError
+from bench.results import DIRECT_LABEL, Record, Results
+from bench.search import MIN_RATE_PPS, Method, Trial, confirm, search
+from bench.streams import Streams
+from bench.traffic import Programs, Sent, Traffic
 from mcr.errors import McrError
 from tests.netns.lab import Lab
 
-GENERATOR_CPU = 0
-DIRECT = "direct"
 LIMIT_SHARE = 0.9  # of what generator and sink do without a relay: from there on a figure is theirs
+REACHED_SHARE = 0.9  # of the rate asked for: below it a figure at that rate is refused
 PROBE_PACKETS = 100_000
 MAX_PACKETS = 50_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """How thoroughly to measure.
-
-    trials: of every relay, in turn. seconds: of one trial at one rate (RFC 2544 says 60). resolution: share
-    of the throughput at which the search ends. steps: after which it ends anyway. attempts: a rate is given
-    up only when every attempt lost packets, since a machine that shares its CPUs loses some now and then.
-    """
-
-    trials: int
-    seconds: float
-    resolution: float
-    steps: int
-    attempts: int
-
-
-FULL = Method(trials=3, seconds=1.0, resolution=0.02, steps=14, attempts=3)
-QUICK = Method(trials=3, seconds=0.15, resolution=0.05, steps=6, attempts=2)
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One rate offered once. Rates are packets/s: offered at the input, delivered at each output (mean)."""
-
-    sent: int
-    offered_pps: float
-    delivered_pps: float
-    lost: int
-    late: int
-
-    @property
-    def lossless(self) -> bool:
-        return self.lost == 0
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """What one relay did in one round; refused says why the figure is not the relay's, if it is not.
-
-    throughput_pps: the highest offered rate without loss. overload: flat out, all that the generator can.
-    """
-
-    throughput_pps: float
-    overload: Trial
-    refused: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A relay's figures, one for each round; refused if it could not be measured at all."""
-
-    relay: str
-    outputs: int
-    figures: tuple[Figure, ...] = ()
-    refused: str = ""
-
-    @property
-    def refusal(self) -> str:
-        return self.refused or next((figure.refused for figure in self.figures if figure.refused), "")
-
-    @property
-    def throughput_pps(self) -> float:
-        return statistics.median(figure.throughput_pps for figure in self.figures)
-
-    @property
-    def delivered_pps(self) -> float:
-        return statistics.median(figure.overload.delivered_pps for figure in self.figures)
-
-    @property
-    def spread(self) -> float:
-        """Between the least and the most throughput, as a share of the median."""
-        rates = [figure.throughput_pps for figure in self.figures]
-        return (max(rates) - min(rates)) / self.throughput_pps if self.throughput_pps else 0.0
-
+GROUP, PORT = "239.1.0.1", 5000
+COST_SHARE = 0.8  # of throughput, at which CPU time is measured and no worker may run out of frames
+COUNTERS_FRESH_S = 1.2  # a worker's counters are brought up to date every second
+LATENCY_SHARES = (10, 50, 90)  # percent of throughput
+LATENCY_BURST_S = 1e-6
+QUANTILES = (("p50", 0.5), ("p99", 0.99), ("p999", 0.999))
 
 Progress = Callable[[str], None]
 
 
-class Bench:
-    """One run: a source and a sink namespace, and the traffic between them."""
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to measure in one setting. latency: also at shares of the throughput."""
 
-    def __init__(self, lab: Lab, streams: Streams, method: Method, progress: Progress) -> None:
-        self.lab, self.streams, self.method, self.progress = lab, streams, method, progress
-        self.source, self.sink = lab.namespace("src"), lab.namespace("dst")
-        self.limit_pps = 0.0
-
-    def calibrate(self) -> None:
-        """Finds what generator and sink do by themselves, joined by one veth pair."""
-        self.lab.veth(self.source, DIRECT, self.sink, DIRECT)
-        with Traffic(self.lab, self.source, self.sink) as traffic:
-            traffic.expect(DIRECT, self.streams)
-            runner = Runner(traffic, self.streams, self.method, DIRECT, (DIRECT,))
-            trials = [runner.flat_out() for _ in range(self.method.trials)]
-        lost = sum(trial.lost for trial in trials)
-        if lost:
-            raise McrError(
-                f"{lost} packets were lost between generator and sink, without a relay",
-                "give the machine more rest",
-            )
-        self.limit_pps = statistics.median(trial.offered_pps for trial in trials)
-        self.progress(f"generator and sink by themselves: {self.limit_pps / 1e6:.2f} M packets/s")
-
-    def compare(self, relays: Sequence[Relay], outputs: int) -> list[Measured]:
-        """Measures the relays in turn, round after round, each with so many outputs."""
-        refused: dict[str, str] = {}
-        with Traffic(self.lab, self.source, self.sink) as traffic:
-            try:
-                runners = self._start_all(relays, outputs, traffic, refused)
-                figures = self._rounds(relays, runners, outputs)
-            finally:
-                for relay in relays:
-                    relay.stop()
-        return [
-            Measured(relay.label, outputs, tuple(figures[relay.label]), refused.get(relay.label, ""))
-            for relay in relays
-        ]
-
-    def _start_all(
-        self, relays: Sequence[Relay], outputs: int, traffic: Traffic, refused: dict[str, str]
-    ) -> dict[str, "Runner"]:
-        runners = {}
-        for number, relay in enumerate(relays):
-            sinks = tuple(f"from{outputs}x{number}x{index}" for index in range(outputs))
-            lane = self._lane(f"{outputs}x{number}", sinks)
-            for index, interface in enumerate(sinks):
-                traffic.expect(interface, relay.destination(self.streams, index))
-            try:
-                relay.start(self.lab, lane, self.streams)
-            except RelayRefusedError as error:
-                refused[relay.label] = str(error)
-                self.progress(f"{relay.label}, {outputs} outputs: not measured: {error}")
-                continue
-            runners[relay.label] = Runner(traffic, self.streams, self.method, f"to{outputs}x{number}", sinks)
-        return runners
-
-    def _lane(self, number: str, sinks: Sequence[str]) -> Lane:
-        """A relay's namespace and its veth pairs.
-
-        GRO gives in0 the NAPI that XDP redirects need. It is switched on when both ends are up: only then
-        does veth make the other end one that transmits redirected frames.
-        """
-        namespace = self.lab.namespace(f"relay{number}")
-        self.lab.veth(self.source, f"to{number}", namespace, "in0", addresses_b=("10.1.0.2/24",))
-        self.lab.run(namespace, ["ethtool", "-K", "in0", "gro", "on"])
-        names = tuple(f"out{index}" for index in range(len(sinks)))
-        for index, (name, sink) in enumerate(zip(names, sinks, strict=True)):
-            self.lab.veth(namespace, name, self.sink, sink, addresses_a=(f"10.2.{index}.1/24",))
-        return Lane(namespace, "in0", names)
-
-    def _rounds(
-        self, relays: Sequence[Relay], runners: dict[str, "Runner"], outputs: int
-    ) -> dict[str, list[Figure]]:
-        figures: dict[str, list[Figure]] = {relay.label: [] for relay in relays}
-        for number in range(self.method.trials):
-            for relay in relays:
-                if relay.label not in runners:
-                    continue
-                figure = runners[relay.label].figure(self.limit_pps)
-                relay.check_alive()
-                figures[relay.label].append(figure)
-                self.progress(f"round {number + 1}, {relay.label}, {outputs} outputs: {_described(figure)}")
-        return figures
+    setting: Setting
+    relays: tuple[Relay, ...]
+    latency: bool = False
 
 
-def _described(figure: Figure) -> str:
-    overload = figure.overload
-    text = (
-        f"throughput {figure.throughput_pps:,.0f}/s, delivered {overload.delivered_pps:,.0f}/s"
-        f" of {overload.offered_pps:,.0f}/s"
-    )
-    return f"{text}; refused: {figure.refused}" if figure.refused else text
+def streams_of(setting: Setting) -> Streams:
+    """What is sent. Several differ in group, since kernel multicast routing knows nothing else."""
+    return Streams(GROUP, PORT, setting.streams, setting.payload_bytes, setting.rules > 1)
+
+
+def installed_of(setting: Setting) -> Streams:
+    """What there are rules for."""
+    return Streams(GROUP, PORT, setting.rules, setting.payload_bytes, setting.rules > 1)
 
 
 class Runner:
     """Offers rates on one lane and counts what arrives at its sinks."""
 
-    def __init__(
-        self, traffic: Traffic, streams: Streams, method: Method, source: str, sinks: tuple[str, ...]
-    ) -> None:
-        self.traffic, self.streams, self.method = traffic, streams, method
-        self.source, self.sinks = source, sinks
+    def __init__(self, traffic: Traffic, lane: Lane, streams: Streams, method: Method) -> None:
+        self.traffic, self.lane, self.streams, self.method = traffic, lane, streams, method
+        self.floor_pps = 0.0
 
-    def trial(self, count: int, rate_pps: float) -> Trial:
+    def trial(self, count: int, rate_pps: float, *, timed: bool = False) -> Trial:
         """Offers count packets; rate_pps 0 is flat out. Raises McrError if more arrive than were sent."""
-        self.traffic.begin_trial()
-        sent = self.traffic.send(self.source, self.streams, count, rate_pps, GENERATOR_CPU)
-        arrived = self.traffic.settle(self.sinks, sent.packets)
+        before = CpuTime.now()
+        self.traffic.begin_trial(self.lane.sinks, timed)
+        sent = self.traffic.send(self.lane.sources, self.streams, count, rate_pps)
+        arrived = self.traffic.settle(self.lane.sinks, sent.packets)
+        used = CpuTime.now().since(before)
         if any(each.packets > sent.packets for each in arrived):
             raise McrError("more packets arrived than were sent", "this is a bug of the relay or of bench")
         received = sum(each.packets for each in arrived)
-        first_ns = min((each.first_ns for each in arrived if each.packets), default=0)
-        span_s = (max(each.last_ns for each in arrived) - first_ns) / 1e9
         return Trial(
             sent=sent.packets,
             offered_pps=sent.rate_pps,
-            delivered_pps=received / len(arrived) / max(sent.elapsed_s, span_s),
+            delivered_pps=received / len(arrived) / _span_s(sent, [each.last_ns for each in arrived]),
             lost=sent.packets * len(arrived) - received,
             late=sum(each.late for each in arrived),
+            busy_ns=max(0, used.busy_ns - sent.waited_ns),
+            stolen_ns=used.stolen_ns,
         )
+
+    def offer(self, rate_pps: float) -> Trial:
+        """A rate for as long as a trial takes."""
+        return self.trial(self._count(rate_pps), rate_pps)
 
     def flat_out(self) -> Trial:
         """All that the generator can, for as long as a trial takes."""
-        probe = self.trial(PROBE_PACKETS, 0)
+        probe = self.trial(min(PROBE_PACKETS, self._count(1e7)), 0)
         return self.trial(self._count(probe.offered_pps), 0)
 
-    def figure(self, limit_pps: float) -> Figure:
-        """Throughput and what is delivered at overload. limit_pps: of generator and sink without a relay."""
-        overload = self.flat_out()
-        throughput_pps = overload.offered_pps if overload.lossless else self._search(overload)
-        outputs = len(self.sinks)
-        refused = ""
-        if throughput_pps > LIMIT_SHARE * limit_pps:
-            refused = f"the generator's limit is {limit_pps:,.0f}/s"
-        elif overload.delivered_pps * outputs > LIMIT_SHARE * limit_pps:
-            refused = f"the sinks' limit is {limit_pps:,.0f}/s"
-        return Figure(throughput_pps, overload, refused)
+    def timed(self, rate_pps: float) -> tuple[Trial, Histogram]:
+        """A rate, with the latency of each packet from the generator to the sink."""
+        usual, self.traffic.burst_s = self.traffic.burst_s, LATENCY_BURST_S
+        try:
+            return self.trial(self._count(rate_pps), rate_pps, timed=True), self.traffic.latency()
+        finally:
+            self.traffic.burst_s = usual
 
     def _count(self, rate_pps: float) -> int:
         return min(MAX_PACKETS, max(1000, int(rate_pps * self.method.seconds)))
 
-    def _search(self, overload: Trial) -> float:
-        """The highest rate without loss, between none and that of the overload (RFC 2544 section 26.1)."""
-        low, high, step = 0.0, overload.offered_pps, 0.1
-        rate = min(overload.delivered_pps, 0.95 * high)
-        for _ in range(self.method.steps):
-            if rate < MIN_RATE_PPS:
-                return 0.0
-            trial = self._best_of_attempts(rate)
-            if trial.lossless:
-                low = max(low, trial.offered_pps)
-            else:
-                high = rate
-            if high - low <= self.method.resolution * high:
-                break
-            rate = max(high * (1 - step), 0) if low == 0 else min(low * (1 + step), (low + high) / 2)
-            step = min(2 * step, 0.5)
-        return low
 
-    def _best_of_attempts(self, rate_pps: float) -> Trial:
-        for _ in range(self.method.attempts):
-            trial = self.trial(self._count(rate_pps), rate_pps)
-            if trial.lossless:
-                break
-        return trial
+def _span_s(sent: Sent, last_ns: Sequence[int]) -> float:
+    """From the first packet offered to the last one that left or arrived."""
+    return max(sent.elapsed_s, (max(last_ns) - sent.first_ns) / 1e9)
+
+
+class Bench:
+    """Measures jobs, one after another, into results."""
+
+    def __init__(
+        self, new_lab: Callable[[], Lab], programs: Programs, method: Method, progress: Progress
+    ) -> None:
+        self.new_lab, self.programs, self.method, self.progress = new_lab, programs, method, progress
+
+    def measure(self, job: Job, results: Results) -> None:
+        """Every relay of the job that can do it; the others are refused in the results."""
+        with Comparison(self, job, results) as comparison:
+            comparison.rounds()
+            comparison.confirm()
+            comparison.cost()
+            if job.latency:
+                comparison.latency()
+            comparison.memory()
+
+
+class Comparison:
+    """One job's lanes, with its relays running in them until the block ends."""
+
+    def __init__(self, bench: Bench, job: Job, results: Results) -> None:
+        self.job, self.results, self.method, self.progress = job, results, bench.method, bench.progress
+        self._bench = bench
+        self._stack = ExitStack()
+        self.runners: dict[str, Runner] = {}
+        self.relays: dict[str, Relay] = {}
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self.lab = stack.enter_context(self._bench.new_lab())
+            self.ground = Ground(self.lab, self.job.setting)
+            self.traffic = stack.enter_context(
+                Traffic(self._bench.programs, self.lab, self.ground.source, self.ground.sink)
+            )
+            lane = self.ground.direct()
+            self._add_runner(DIRECT_LABEL, lane, streams_of(self.job.setting))
+            for relay in self.job.relays:
+                stack.callback(relay.stop)
+                self._start(relay)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def record(self, label: str) -> Record:
+        return self.results.record(label, self.job.setting)
+
+    def _add_runner(self, label: str, lane: Lane, destination: Streams, relay: Relay | None = None) -> None:
+        for index, interface in enumerate(lane.sinks):
+            expected = relay.destination(lane, destination, index) if relay else destination
+            self.traffic.expect(interface, expected, frames=relay is None or relay.sends_frames)
+        self.runners[label] = Runner(self.traffic, lane, streams_of(self.job.setting), self.method)
+
+    def _start(self, relay: Relay) -> None:
+        lane = self.ground.lane()
+        try:
+            relay.start(self.lab, lane, installed_of(self.job.setting))
+        except RelayRefusedError as error:
+            self.record(relay.label).refused["throughput_pps"] = str(error)
+            self.say(relay.label, f"not measured: {error}")
+            return
+        self.relays[relay.label] = relay
+        self._add_runner(relay.label, lane, streams_of(self.job.setting), relay)
+
+    def say(self, label: str, text: str) -> None:
+        self.progress(f"{self.job.setting.title}: {label}: {text}")
+
+    def rounds(self) -> None:
+        """Overload and the search for the throughput, of each relay in turn, round after round."""
+        overloads: dict[str, list[Trial]] = {label: [] for label in self.runners}
+        throughputs: dict[str, list[float]] = {label: [] for label in self.runners}
+        for number in range(self.method.trials):
+            for label, runner in self.runners.items():
+                overload = runner.flat_out()
+                throughput = overload.offered_pps
+                if not overload.lossless and label != DIRECT_LABEL:
+                    throughput = search(runner.offer, overload, self.method)
+                self._check_alive(label)
+                overloads[label].append(overload)
+                throughputs[label].append(throughput)
+                self.say(label, f"round {number + 1}: {_described(throughput, overload)}")
+        self._check_direct(overloads[DIRECT_LABEL])
+        for label, trials in overloads.items():
+            self._put_rounds(label, trials, throughputs[label])
+
+    def _check_alive(self, label: str) -> None:
+        if label in self.relays:
+            self.relays[label].check_alive()
+
+    def _check_direct(self, trials: list[Trial]) -> None:
+        if not any(trial.lossless for trial in trials):
+            raise McrError(
+                "packets were lost between generator and sink, without a relay", "give the machine more rest"
+            )
+
+    def _put_rounds(self, label: str, overloads: list[Trial], throughputs: list[float]) -> None:
+        record = self.record(label)
+        record.put("round_throughput_pps", throughputs)
+        record.put("overload_offered_pps", [trial.offered_pps for trial in overloads])
+        record.put("overload_delivered_pps", [trial.delivered_pps for trial in overloads])
+        sinks = len(self.runners[label].lane.sinks)
+        record.put("overload_loss_share", [trial.lost / (trial.sent * sinks) for trial in overloads])
+        record.put("stolen_ms", [trial.stolen_ns / 1e6 for trial in overloads])
+        if label == DIRECT_LABEL or all(trial.lossless for trial in overloads):
+            self._put_throughput(label, overloads)
+
+    def confirm(self) -> None:
+        """The throughput of relays that lost packets at overload: confirmed by lossless trials in a row."""
+        for label, runner in self.runners.items():
+            record = self.record(label)
+            if "throughput_pps" in record.metrics:
+                continue
+            trials = confirm(runner.offer, record.metrics["round_throughput_pps"], self.method)
+            self._check_alive(label)
+            if not trials:
+                record.refused["throughput_pps"] = f"no rate was lossless in {self.method.trials} trials"
+                self.say(label, record.refused["throughput_pps"])
+                continue
+            self._put_throughput(label, trials)
+            self.say(label, f"confirmed {record.metrics['throughput_pps']:,.0f}/s")
+        for label in self.relays:
+            self._refuse_limits(self.record(label), len(self.runners[label].lane.sinks))
+
+    def _put_throughput(self, label: str, trials: Sequence[Trial]) -> None:
+        self.record(label).put("throughput_pps", [trial.offered_pps for trial in trials])
+
+    def _refuse_limits(self, record: Record, sinks: int) -> None:
+        """Takes back what was the generator's or the sinks' figure and not the relay's."""
+        limit_pps = self.record(DIRECT_LABEL).metrics["throughput_pps"]
+        rates = {
+            "throughput_pps": record.metrics.get("throughput_pps", 0.0),
+            "overload_delivered_pps": record.metrics["overload_delivered_pps"],
+        }
+        for metric, rate_pps in rates.items():
+            if rate_pps > LIMIT_SHARE * limit_pps:
+                record.refused[metric] = f"the generator's limit is {limit_pps:,.0f}/s"
+            elif rate_pps * sinks > LIMIT_SHARE * limit_pps:
+                record.refused[metric] = f"the sinks' limit is {limit_pps:,.0f}/s"
+            if metric in record.refused and record.metrics.pop(metric, None) is not None:
+                self.say(record.relay, f"{metric} refused: {record.refused[metric]}")
+
+    def cost(self) -> None:
+        """At COST_SHARE of the throughput: CPU time for each packet, and how often a worker had no frame."""
+        time.sleep(COUNTERS_FRESH_S)
+        before = {label: relay.exhausted_frames() for label, relay in self.relays.items()}
+        for label, runner in self.runners.items():
+            if throughput := self.record(label).metrics.get("throughput_pps"):
+                rate_pps = COST_SHARE * throughput
+                trial = runner.trial(int(rate_pps * self.method.cost_seconds), rate_pps)
+                self.record(label).put("cpu_ns_per_packet", [trial.busy_ns / trial.sent])
+        time.sleep(COUNTERS_FRESH_S)
+        for label, earlier in before.items():
+            later = self.relays[label].exhausted_frames()
+            if "cpu_ns_per_packet" in self.record(label).metrics and later is not None:
+                self.record(label).put("frames_exhausted", [later - (earlier or 0)])
+
+    def latency(self) -> None:
+        """At LATENCY_SHARES of the throughput, the relays in turn."""
+        taken: dict[str, dict[str, list[float]]] = {label: {} for label in self.runners}
+        for _ in range(self.method.trials):
+            for label, runner in self.runners.items():
+                throughput = self.record(label).metrics.get("throughput_pps")
+                for share in LATENCY_SHARES if throughput else ():
+                    self._latency_at(runner, label, share, share / 100 * (throughput or 0), taken[label])
+        for label, metrics in taken.items():
+            for metric, trials in metrics.items():
+                if metric not in self.record(label).refused:
+                    self.record(label).put(metric, trials)
+            if middle := self.record(label).metrics.get("latency_50_p99_us"):
+                self.say(label, f"latency p99 at 50 % of throughput {middle:.1f} µs")
+
+    def _latency_at(
+        self, runner: Runner, label: str, share: int, rate_pps: float, taken: dict[str, list[float]]
+    ) -> None:
+        trial, histogram = runner.timed(max(MIN_RATE_PPS, rate_pps))
+        if trial.offered_pps < REACHED_SHARE * rate_pps:
+            reason = f"the generator reached {trial.offered_pps:,.0f} of {rate_pps:,.0f}/s"
+            for name in (*(name for name, _ in QUANTILES), "max"):
+                self.record(label).refused[f"latency_{share}_{name}_us"] = reason
+            return
+        for name, quantile in QUANTILES:
+            taken.setdefault(f"latency_{share}_{name}_us", []).append(histogram.quantile_ns(quantile) / 1e3)
+        taken.setdefault(f"latency_{share}_max_us", []).append(histogram.longest_ns / 1e3)
+
+    def memory(self) -> None:
+        for label, relay in self.relays.items():
+            for metric, megabytes in relay.memory().items():
+                self.record(label).put(metric, [megabytes])
+
+
+def _described(throughput_pps: float, overload: Trial) -> str:
+    return (
+        f"throughput {throughput_pps:,.0f}/s, delivered {overload.delivered_pps:,.0f}/s"
+        f" of {overload.offered_pps:,.0f}/s"
+    )

@@ -4,80 +4,52 @@ It must never decide what to measure, and must never be what limits a measuremen
 """
 
 import ctypes
+import errno
 import ipaddress
 import os
 import platform
-import re
 import socket
-import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from bench.histogram import BUCKETS, Histogram
+from bench.machine import GENERATOR_CPU, pinned
+from bench.streams import HEADER_BYTES, Streams, frame_header, word_sum
 from mcr.errors import McrError
 from mcr.loader import Link, attach, bpf_source_dir
 from tests.netns.lab import Lab, Namespace
 
 SOURCE_FILE = Path(__file__).with_name("traffic_kern.c")
-HEADER_BYTES = 42  # Ethernet, IPv4, UDP: as in traffic_kern.c
-SEQUENCE_BYTES = 8
+MAX_INPUTS = 8  # this and the next four: as in traffic_kern.c
 MAX_INTERFACES = 1024
-MAX_ARRIVALS = 65536
-MIN_RATE_PPS = 5_000  # below it the generator does not keep its pace
+MAX_STREAMS = 65536
+TRIAL_SHIFT = 40
 DUE_UNIT_NS = 1 / 256
-BURST_S = 5e-6  # a paced generator hands over its packets after this time at the latest
 MAX_BATCH = 64
+TCX_INGRESS = 46  # BPF_TCX_INGRESS, linux/bpf.h
 LIVE_FRAMES = 2  # BPF_F_TEST_XDP_LIVE_FRAMES, linux/bpf.h
-SOURCE_MAC = bytes.fromhex("02 6d 63 72 00 01")
-TTL = 16  # routers forward only what has more than 1 left
-FIRST_PRIORITY = -20  # nice: of generator and relays alike, so that other work on the machine weighs little
-TRIAL_SHIFT = 40  # as in traffic_kern.c
+FLOW_LIMIT_S = 30.0  # of traffic that flows until it is stopped
 QUIET_S = 0.05
 POLL_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
-class Streams:
-    """Streams that differ in port, or in group if by_group, from `group:port` upwards; all of one size."""
-
-    group: str
-    port: int
-    count: int = 1
-    payload_bytes: int = 1316
-    by_group: bool = False
-
-    def __post_init__(self) -> None:
-        first = ipaddress.IPv4Address(self.group)
-        last = first + self.count - 1 if self.by_group else first
-        last_port = self.port if self.by_group else self.port + self.count - 1
-        if not (first.is_multicast and last.is_multicast and 1 <= self.port <= last_port <= 0xFFFF):
-            raise McrError(
-                f"{self.count} streams from {self.group}:{self.port} do not fit", "ask for fewer streams"
-            )
-        if not SEQUENCE_BYTES <= self.payload_bytes <= 1472:
-            raise McrError(f"a payload of {self.payload_bytes} bytes", "choose 8 to 1472 bytes")
-
-    def all(self) -> Iterator[tuple[str, int]]:
-        """Group and port of each stream."""
-        for index in range(self.count):
-            group = ipaddress.IPv4Address(self.group) + (index if self.by_group else 0)
-            yield str(group), self.port + (0 if self.by_group else index)
-
-
-@dataclass(frozen=True, slots=True)
 class Sent:
-    """What the generator did: packets offered, and the time from the first to the last of them."""
+    """What the generator did: packets offered, from the first to the last, and what of it was waiting."""
 
     packets: int
+    first_ns: int
     elapsed_s: float
+    waited_ns: int
 
     @property
     def rate_pps(self) -> float:
-        return self.packets / self.elapsed_s
+        return self.packets / self.elapsed_s if self.elapsed_s else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,92 +85,148 @@ class _TestRunOptions(ctypes.Structure):
     ]
 
 
-def frame_header(streams: Streams) -> bytes:
-    """Ethernet, IPv4 and UDP headers of the first stream's packets; no UDP checksum (RFC 768)."""
-    group = ipaddress.IPv4Address(streams.group)
-    mac = b"\x01\x00\x5e" + (int(group) & 0x7FFFFF).to_bytes(3, "big")  # RFC 1112 section 6.4
-    udp_bytes = 8 + streams.payload_bytes
-    ip = struct.pack(
-        "!BBHHHBBH4s4s", 0x45, 0, 20 + udp_bytes, 0, 0x4000, TTL, socket.IPPROTO_UDP, 0,
-        socket.inet_aton("10.1.0.1"), group.packed,
-    )  # fmt: skip
-    total = _word_sum(ip)
-    checksum = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
-    ip = ip[:10] + checksum.to_bytes(2, "big") + ip[12:]
-    return mac + SOURCE_MAC + b"\x08\x00" + ip + struct.pack("!HHHH", 40000, streams.port, udp_bytes, 0)
+class Programs:
+    """traffic_kern.c, compiled and loaded once for a whole run; one Traffic at a time uses it."""
 
+    def __init__(self) -> None:
+        self.module = _compile()
+        self.generate = _load(self.module, b"generate")
+        self.sink = _load(self.module, b"sink")
+        self.stack_sink = _load(self.module, b"stack_sink", stack=True)
+        self.trial = 0
 
-def _word_sum(data: bytes) -> int:
-    return sum(struct.unpack(f"!{len(data) // 2}H", data))
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.module.cleanup()
 
 
 class Traffic:
-    """The loaded programs: one generator in `source`, sinks on interfaces of `sink`. A context manager."""
+    """The generator of one source namespace, the sinks of one sink namespace, and what they counted.
 
-    def __init__(self, lab: Lab, source: Namespace, sink: Namespace) -> None:
-        self._lab = lab
-        self._source, self._sink = source, sink
+    burst_s: a paced generator hands over its packets after this time at the latest.
+    """
+
+    def __init__(self, programs: Programs, lab: Lab, source: Namespace, sink: Namespace) -> None:
+        self._programs, self._lab, self._source, self._sink = programs, lab, source, sink
+        self._table = programs.module
         self._stack = ExitStack()
-        self._arrivals_used = 0
-        self._trial = 0
-        self._ranges: dict[str, tuple[Streams, int]] = {}
-        self._module = _compile()
-        self._generate = _load(self._module, "generate")
-        self._sink_program = _load(self._module, "sink")
+        self._streams_used = 0
+        self._sinks: dict[str, tuple[int, Streams, int]] = {}  # ifindex, what it expects, its first order
+        self._timed = False
         self._libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
+        self.burst_s = 5e-6
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-        self._module.cleanup()
+        table = self._table[b"sinks"]
+        for expected in self._sinks.values():
+            table[ctypes.c_uint32(expected[0])] = table.Leaf()
 
-    def expect(self, interface: str, streams: Streams) -> None:
-        """Attaches the sink to an interface of the sink namespace, to count these streams."""
-        first = self._arrivals_used
+    def expect(self, interface: str, streams: Streams, *, frames: bool) -> None:
+        """Attaches the sink to an interface of the sink namespace, to count these streams.
+
+        frames: as what they arrive: XDP frames, or packets of the stack, each with the sink that costs less.
+        """
         with self._lab.inside(self._sink):
             ifindex = socket.if_nametoindex(interface)
-            if first + streams.count > MAX_ARRIVALS or ifindex >= MAX_INTERFACES:
+            if self._streams_used + streams.count > MAX_STREAMS or ifindex >= MAX_INTERFACES:
                 raise McrError("too many streams for the sinks", "ask for fewer streams or outputs")
-            table = self._module["expectations"]
-            table[ctypes.c_uint32(ifindex)] = table.Leaf(
-                int(ipaddress.IPv4Address(streams.group)),
-                streams.count,
-                first,
-                streams.port,
-                streams.by_group,
+            if frames:
+                link: Link = attach(self._programs.sink, interface, ifindex, "native")
+                self._stack.callback(link.close)
+            else:
+                self._stack.callback(os.close, self._attach_to_stack(ifindex))
+        self._sinks[interface] = ifindex, streams, self._streams_used
+        self._streams_used += streams.count
+
+    def _attach_to_stack(self, ifindex: int) -> int:
+        link = int(self._libbpf.bpf_link_create(self._programs.stack_sink, ifindex, TCX_INGRESS, None))
+        if link < 0:
+            raise McrError(
+                f"cannot attach the sink: {os.strerror(-link)}", "the benchmark needs Linux 6.6 (tcx)"
             )
-            link: Link = attach(self._sink_program, interface, ifindex, "native")
-        self._stack.callback(link.close)
-        self._arrivals_used += streams.count
-        self._ranges[interface] = (streams, first)
+        return link
 
-    def send(self, interface: str, streams: Streams, count: int, rate_pps: float, cpu: int) -> Sent:
-        """Sends count packets out of an interface of the source namespace, cycling through the streams.
+    def begin_trial(self, interfaces: Sequence[str], timed: bool = False) -> None:
+        """Sets the counters of these sinks to zero; what is still under way will not be counted.
 
-        rate_pps: 0 is flat out. cpu: where the caller, and with it the generator and everything that the
-        kernel does with its packets at once, runs meanwhile.
+        timed: by the exact clock, with the latency of each packet.
+        """
+        self._programs.trial += 1
+        orders, sinks = self._table[b"orders"], self._table[b"sinks"]
+        fresh = orders.Leaf()
+        fresh.next_sequence = self._programs.trial << TRIAL_SHIFT
+        for interface in interfaces:
+            ifindex, streams, first = self._sinks[interface]
+            for index in range(streams.count):
+                orders[ctypes.c_uint32(first + index)] = fresh
+            expected = sinks.Leaf()
+            expected.group, expected.port = int(ipaddress.IPv4Address(streams.group)), streams.port
+            expected.streams, expected.by_group = streams.count, streams.by_group
+            expected.first_arrival, expected.timed = first, timed
+            sinks[ctypes.c_uint32(ifindex)] = expected
+        if timed:
+            self._table[b"latencies"].clear()
+            self._table[b"longest_ns"].clear()
+
+    def send(self, interfaces: Sequence[str], streams: Streams, count: int, rate_pps: float) -> Sent:
+        """Sends count packets out of interfaces of the source namespace, cycling through the streams.
+
+        Stream n leaves by interface n modulo their number. rate_pps: 0 is flat out. The calling thread, and
+        with it everything that the kernel does with the packets at once, runs on the generator's CPU.
         """
         frame = frame_header(streams) + bytes(streams.payload_bytes)
-        with self._lab.inside(self._source), _pinned(cpu):
-            self._set_generator(frame, socket.if_nametoindex(interface), streams, count, rate_pps)
-            batch = min(MAX_BATCH, max(1, int(rate_pps * BURST_S))) if rate_pps else MAX_BATCH
+        batch = min(MAX_BATCH, max(1, int(rate_pps * self.burst_s))) if rate_pps else MAX_BATCH
+        with self._lab.inside(self._source), pinned(GENERATOR_CPU):
+            indices = [socket.if_nametoindex(interface) for interface in interfaces]
+            self._set_generator(frame, indices, streams, count, rate_pps)
             self._run(frame, count, batch)
-        state = self._module["generators"][ctypes.c_uint32(0)]
-        return Sent(int(state.sent), (state.last_ns - state.first_ns) / 1e9)
+        state = self._table[b"generators"][ctypes.c_uint32(0)]
+        first_ns, last_ns = int(state.first_ns), int(state.last_ns)
+        return Sent(int(state.sent), first_ns, (last_ns - first_ns) / 1e9, int(state.waited_ns))
+
+    @contextmanager
+    def flowing(self, interfaces: Sequence[str], streams: Streams, rate_pps: float) -> Iterator[None]:
+        """Traffic that flows at a pace until the block ends, or FLOW_LIMIT_S. Call `begin_trial` before."""
+        ended: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                self.send(interfaces, streams, int(rate_pps * FLOW_LIMIT_S), rate_pps)
+            except (OSError, McrError) as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._table[b"stopped"][ctypes.c_uint32(0)] = ctypes.c_uint32(1)
+            thread.join()
+            self._table[b"stopped"][ctypes.c_uint32(0)] = ctypes.c_uint32(0)
+        if ended:
+            raise ended[0]
 
     def _set_generator(
-        self, frame: bytes, ifindex: int, streams: Streams, count: int, rate_pps: float
+        self, frame: bytes, ifindexes: Sequence[int], streams: Streams, count: int, rate_pps: float
     ) -> None:
-        table = self._module["generators"]
+        if not 1 <= len(ifindexes) <= MAX_INPUTS:
+            raise McrError(f"{len(ifindexes)} inputs", f"the generator sends from 1 to {MAX_INPUTS}")
+        table = self._table[b"generators"]
         state = table.Leaf()
-        state.count, state.sequence = count, self._trial << TRIAL_SHIFT
+        state.count, state.sequence = count, self._programs.trial << TRIAL_SHIFT
         state.interval = round(1e9 / rate_pps / DUE_UNIT_NS) if rate_pps else 0
         ctypes.memmove(state.header, frame, HEADER_BYTES)
-        state.checksum_base = _word_sum(frame[14:24]) + _word_sum(frame[26:30])
+        state.checksum_base = word_sum(frame[14:24]) + word_sum(frame[26:30])
         state.group, state.port = int(ipaddress.IPv4Address(streams.group)), streams.port
-        state.ifindex, state.streams, state.by_group = ifindex, streams.count, streams.by_group
+        state.streams, state.by_group, state.inputs = streams.count, streams.by_group, len(ifindexes)
+        for number, ifindex in enumerate(ifindexes):
+            state.ifindexes[number] = ifindex
         table[ctypes.c_uint32(0)] = state
 
     def _run(self, frame: bytes, count: int, batch: int) -> None:
@@ -211,76 +239,44 @@ class Traffic:
             flags=LIVE_FRAMES,
             batch_size=batch,
         )
-        status = int(self._libbpf.bpf_prog_test_run_opts(self._generate, ctypes.byref(options)))
+        status = -errno.EINTR
+        while status == -errno.EINTR:  # by a signal: the generator goes on from where it was
+            status = int(self._libbpf.bpf_prog_test_run_opts(self._programs.generate, ctypes.byref(options)))
         if status:
             raise OSError(-status, f"BPF_PROG_TEST_RUN: {os.strerror(-status)}")
 
-    def begin_trial(self) -> None:
-        """Sets the sinks' counters to zero; what is still under way from before will not be counted."""
-        self._trial += 1
-        table = self._module["arrivals"]
-        fresh = table.Leaf()
-        fresh.next_sequence = self._trial << TRIAL_SHIFT
-        for index in range(self._arrivals_used):
-            table[ctypes.c_uint32(index)] = fresh
-
     def arrived(self, interface: str) -> Arrived:
         """What has reached an interface in this trial."""
-        streams, first = self._ranges[interface]
-        table = self._module["arrivals"]
+        ifindex, streams, first = self._sinks[interface]
+        sink, table = self._table[b"sinks"][ctypes.c_uint32(ifindex)], self._table[b"orders"]
         rows = [table[ctypes.c_uint32(first + index)] for index in range(streams.count)]
-        used = [row for row in rows if row.packets]
         return Arrived(
-            sum(int(row.packets) for row in rows),
+            int(sink.packets),
             sum(int(row.missing) for row in rows),
             sum(int(row.late) for row in rows),
-            min((int(row.first_ns) for row in used), default=0),
-            max((int(row.last_ns) for row in used), default=0),
+            int(sink.first_ns),
+            int(sink.last_ns),
         )
 
-    def settle(self, interfaces: tuple[str, ...], sent: int) -> list[Arrived]:
+    def packets(self, interface: str) -> int:
+        """How many packets have reached an interface in this trial."""
+        return int(self._table[b"sinks"][ctypes.c_uint32(self._sinks[interface][0])].packets)
+
+    def settle(self, interfaces: Sequence[str], sent: int) -> list[Arrived]:
         """What has reached the interfaces, once each has got what was sent or nothing more comes."""
-        quiet_since, before = time.monotonic(), self._arrived_packets(interfaces)
+        quiet_since, before = time.monotonic(), [self.packets(each) for each in interfaces]
         while any(packets < sent for packets in before) and time.monotonic() - quiet_since < QUIET_S:
             time.sleep(POLL_S)
-            now = self._arrived_packets(interfaces)
+            now = [self.packets(each) for each in interfaces]
             if now != before:
                 quiet_since, before = time.monotonic(), now
         return [self.arrived(interface) for interface in interfaces]
 
-    def _arrived_packets(self, interfaces: tuple[str, ...]) -> list[int]:
-        return [self.arrived(interface).packets for interface in interfaces]
-
-
-@contextmanager
-def before_other_sessions() -> Iterator[None]:
-    """This session's processes come before those of others for a while, which nice alone does not do.
-
-    The scheduler shares CPUs out among sessions first (autogroups, sched(7)), if it was built so.
-    """
-    path = Path("/proc/self/autogroup")
-    if not path.exists() or not (nice := re.search(r"nice (-?\d+)", path.read_text())):
-        yield
-        return
-    path.write_text(str(FIRST_PRIORITY))
-    try:
-        yield
-    finally:
-        path.write_text(nice[1])
-
-
-@contextmanager
-def _pinned(cpu: int) -> Iterator[None]:
-    """The calling thread runs on one CPU for a while, before everybody else."""
-    before, thread = os.sched_getaffinity(0), threading.get_native_id()
-    priority = os.getpriority(os.PRIO_PROCESS, thread)
-    os.sched_setaffinity(0, {cpu})
-    os.setpriority(os.PRIO_PROCESS, thread, FIRST_PRIORITY)
-    try:
-        yield
-    finally:
-        os.setpriority(os.PRIO_PROCESS, thread, priority)
-        os.sched_setaffinity(0, before)
+    def latency(self) -> Histogram:
+        """From the generator's stamp to the sinks, all of them together, in this timed trial."""
+        table = self._table[b"latencies"]
+        buckets = [sum(table[ctypes.c_uint32(bucket)]) for bucket in range(BUCKETS)]
+        return Histogram(tuple(buckets), max(self._table[b"longest_ns"][ctypes.c_uint32(0)]))
 
 
 def _compile() -> Any:
@@ -291,10 +287,11 @@ def _compile() -> Any:
     except ImportError as error:
         raise McrError(f"the BPF compiler is missing: {error}", "apt install python3-bpfcc") from error
     includes = ["/usr/include", f"/usr/include/{platform.machine()}-linux-gnu"]
-    return BPF(src_file=str(SOURCE_FILE), cflags=[word for path in includes for word in ("-idirafter", path)])
+    flags = [word for path in includes for word in ("-idirafter", path)]
+    return BPF(src_file=bytes(SOURCE_FILE), cflags=flags)
 
 
-def _load(module: Any, name: str) -> int:
+def _load(module: Any, name: bytes, *, stack: bool = False) -> int:
     from bcc import BPF
 
-    return int(module.load_func(name, BPF.XDP).fd)
+    return int(module.load_func(name, BPF.SCHED_CLS if stack else BPF.XDP).fd)
