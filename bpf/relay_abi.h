@@ -211,7 +211,7 @@ struct mcr_output_counters {
 
 /*
  * The time from the XDP hook, or from the AF_PACKET receive, to the completed send, for each packet and
- * output; the index is the rule_id. Bucket 0 is below 512 ns; then every octave has 8 buckets of equal width,
+ * output, none left out; the index is the rule_id. Bucket 0 is below 512 ns; then every octave has 8 buckets of equal width,
  * so that none is wider than an eighth of what it stands for; the last one has no upper bound.
  */
 struct mcr_latency {

@@ -43,6 +43,8 @@ def _set_up_error(code: int, cause: str) -> McrError:
         errno.ENOMEM: "free memory, or raise the limit of locked memory (ulimit -l, LimitMEMLOCK=)",
         errno.ENOBUFS: "raise the limit of locked memory (ulimit -l, LimitMEMLOCK=)",
         errno.EPERM: "run the supervisor as root, or with CAP_NET_RAW and CAP_BPF",
+        errno.ENOSYS: "leave out --egress-threads",
+        errno.EDQUOT: "raise fs.pipe-max-size (sysctl), or use fewer --egress-threads",
     }
     return McrError(cause, remedies.get(code, "see docs/KERNEL-SUPPORT.md"))
 

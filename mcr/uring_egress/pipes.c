@@ -73,7 +73,7 @@ static int check_nowait(struct worker *worker, const int *ends)
 
 	if (pwritev2(ends[1], &vector, 1, -1, RWF_NOWAIT) != sizeof(word) ||
 	    read(ends[0], &word, sizeof(word)) != sizeof(word))
-		return worker_fail(worker, EOPNOTSUPP, "egress threads need kernel 6.4");
+		return worker_fail(worker, ENOSYS, "egress threads need kernel 6.4");
 	return 0;
 }
 
@@ -98,8 +98,7 @@ static int open_return_pipe(struct worker *worker, int *write_end)
 	int ends[2], status = open_pipe(worker, ends, needed, &granted);
 
 	if (!status && granted < needed)
-		return worker_fail(worker, EPERM,
-				   "the return pipe needs %u bytes and got %u: fs.pipe-max-size", needed,
+		return worker_fail(worker, EPERM, "the return pipe needs %u bytes and got %u", needed,
 				   granted);
 	worker->pipes->return_fd = ends[0];
 	*write_end = ends[1];

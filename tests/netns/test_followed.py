@@ -73,6 +73,7 @@ def test_a_renamed_interface_is_waited_for_until_it_has_its_name_again(lab: Lab)
     assert_relays(lab, topology)
 
 
+@pytest.mark.soak
 def test_an_interface_that_moves_to_another_namespace_and_back_is_followed(lab: Lab) -> None:
     topology, client = start(lab)
     elsewhere = lab.namespace("elsewhere")
@@ -86,6 +87,7 @@ def test_an_interface_that_moves_to_another_namespace_and_back_is_followed(lab: 
     assert_relays(lab, topology)
 
 
+@pytest.mark.soak
 def test_an_mtu_that_needs_larger_frames_is_followed(lab: Lab) -> None:
     topology, client = start(lab, path="worker")
     for namespace, name in (
@@ -97,6 +99,7 @@ def test_an_mtu_that_needs_larger_frames_is_followed(lab: Lab) -> None:
     assert_whole(heard, sent)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("path", ["kernel", "worker"])
 def test_a_flap_under_traffic_renews_the_joins_and_doubles_nothing(lab: Lab, path: str) -> None:
     topology, client = start(lab, path=path)
@@ -124,6 +127,7 @@ def shown_up(lab: Lab, relay: Namespace, name: str) -> bool:
     return "LOWER_UP" in lab.ip(relay, f"link show {name}")
 
 
+@pytest.mark.soak
 def test_a_changed_address_is_followed_on_the_worker_path(lab: Lab) -> None:
     topology, client = start(lab, path="worker")
 
