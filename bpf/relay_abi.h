@@ -27,7 +27,9 @@ enum mcr_limit {
 	MCR_MAX_QUEUES = 64,	    /* receive queues that one worker can drain */
 	MCR_MAX_XSKS = 4096,	    /* AF_XDP sockets of one instance: every queue of every interface */
 	MCR_MAX_FRAGMENTED = 16384, /* datagrams whose later fragments are awaited */
-	MCR_MAX_EGRESS = 1024,	    /* interfaces whose redirect losses are counted */
+	MCR_MAX_EGRESS = 1024,	    /* egress interfaces of the kernel path, less one: bulk 0 means none */
+	MCR_MAX_FAN_OUTS = 4160,    /* a device map for each rule, and one to exchange on each interface */
+	MCR_BULK_FRAMES = 16,	    /* DEV_MAP_BULK_SIZE of the kernel's devmap.c */
 	MCR_LATENCY_FIRST_BITS = 9, /* latency below 2^9 ns is not told apart */
 	MCR_LATENCY_STEP_BITS = 3,  /* 2^3 buckets for each octave */
 	MCR_LATENCY_BUCKETS = 185,  /* 1 + 23 octaves: up to 4.3 s */
@@ -65,7 +67,8 @@ enum mcr_output_drop_reason {
 	MCR_OUTPUT_DROP_SEND_ERROR = 6,	 /* any other error of the send */
 	MCR_OUTPUT_DROP_PIPE_FULL = 7,	 /* the pipe to the output's egress thread was full */
 	MCR_OUTPUT_DROP_WORKER_DIED = 8, /* the send had not completed when the worker died */
-	MCR_OUTPUT_DROP_REASONS = 9,
+	MCR_OUTPUT_DROP_DEVICE_FULL = 9, /* kernel path: the egress device took no more frames */
+	MCR_OUTPUT_DROP_REASONS = 10,
 };
 
 /* The settings word lets the usual packet skip the rule lookups that no rule needs. */
@@ -78,7 +81,9 @@ enum mcr_setting {
 
 struct mcr_settings {
 	__u32 abi_version;
-	__u32 lookups; /* enum mcr_setting */
+	__u32 lookups;	  /* enum mcr_setting */
+	__u32 program_id; /* of mcr_relay: a tracepoint tells of every program's redirects */
+	__u32 reserved;
 };
 
 /* The key of an input stream. Zero means: no tag, any port, any source. */
@@ -106,13 +111,15 @@ struct mcr_rule_value {
 	__u32 output_id;    /* kernel path: the only output, or 0 where there are several */
 	__u32 smallest_mtu; /* kernel path: of all the outputs' interfaces, bytes */
 	__u32 partial_seen; /* written by XDP: a sender on this host leaves checksums to the device */
-	__u32 reserved;
+	__u32 fan_out;	    /* kernel path: the device map of several outputs. Both this and output_id are
+			     * set while a rule goes from one way to the other: see relay_to_one */
 };
 
 /* What the kernel path makes of a packet for one output; the index is the output_id. */
 struct mcr_kernel_output {
 	__u32 ifindex; /* of the egress interface, 0 where there is no such output */
 	__u32 mtu;     /* of the egress interface, bytes */
+	__u32 bulk;    /* of the egress interface, as in mcr_egress_device */
 	__u16 flags;   /* enum mcr_output_flag */
 	__u16 dport;
 	__u16 vlan; /* the tag to push, or 0 */
@@ -124,15 +131,16 @@ struct mcr_kernel_output {
 	__u8 daddr[16];
 };
 
-/* The outputs of a kernel-path rule; the index is the rule_id. */
-struct mcr_rule_outputs {
+/* The outputs that a rule sends to by one device map; the index is the fan-out. A fan-out never changes: a
+ * rule whose outputs change gets another one, so that what was relayed by each is counted by itself. */
+struct mcr_fan_out {
 	__u32 count;
 	__u32 output_ids[MCR_MAX_OUTPUTS_PER_RULE];
 };
 
-/* Which output of a rule leaves by an interface: a devmap program is told only the interface. */
+/* Which output of a fan-out leaves by an interface: a devmap program is told only the interface. */
 struct mcr_egress_key {
-	__u32 rule_id;
+	__u32 fan_out;
 	__u32 ifindex;
 };
 
@@ -146,10 +154,18 @@ struct mcr_fragment_key {
 	__u8 daddr[16];
 };
 
-/* What the kernel lost of redirected frames on one egress interface; the key is its ifindex. */
-struct mcr_redirect_losses {
-	__u64 dropped;	  /* frames that the device did not take, and those below */
-	__u64 by_program; /* frames that the egress program dropped, each with its own reason */
+/* An egress interface of the kernel path; the key is its ifindex. */
+struct mcr_egress_device {
+	__u64 lost; /* frames that the device did not take, each in its output's drops too */
+	__u32 bulk; /* the index in `bulks`, from 1 */
+	__u32 reserved;
+};
+
+/* The frames on their way to one device on one CPU, in order, until the kernel tells what became of them.
+ * One more than a bulk: the frame in hand, whose coming makes the kernel flush the full bulk. */
+struct mcr_bulk {
+	__u32 count;
+	__u32 frames[MCR_BULK_FRAMES + 1]; /* output_id << 16 | payload length */
 };
 
 enum mcr_metadata_flag {
@@ -159,7 +175,10 @@ enum mcr_metadata_flag {
 
 /* Written by XDP in front of the frame; the worker, and the egress program, read it and not the headers. */
 struct mcr_metadata {
-	__u64 rx_time_ns; /* CLOCK_MONOTONIC at the XDP hook */
+	union {
+		__u64 rx_time_ns; /* worker path: CLOCK_MONOTONIC at the XDP hook */
+		__u64 fan_out;	  /* kernel path */
+	};
 	__u32 rule_id;
 	__u16 payload_offset; /* from the Ethernet header */
 	__u16 payload_length;
@@ -177,13 +196,13 @@ struct mcr_rule_stats {
 	__u64 last_seen_ns;    /* CLOCK_MONOTONIC */
 	__u64 relayed_packets; /* by the kernel path */
 	__u64 relayed_bytes;
-	__u64 redirected_packets; /* to a worker, or rather to the AF_XDP socket, which may refuse them */
+	__u64 redirected_packets; /* that a worker's AF_XDP socket took */
 	__u64 dropped[MCR_DROP_REASONS];
 };
 
 /* Kept by the kernel path, one copy for each CPU; the index is the output_id. */
 struct mcr_output_stats {
-	__u64 relayed_packets; /* of a rule with this output alone; else fan_out_stats has them */
+	__u64 relayed_packets; /* of a rule with this output alone; else fan_out_relayed has them */
 	__u64 sent_packets;
 	__u64 sent_bytes;
 	__u64 dropped[MCR_OUTPUT_DROP_REASONS];
@@ -328,16 +347,16 @@ struct mcr_reply {
 _Static_assert(MCR_MAX_XSKS == MCR_MAX_INTERFACES * MCR_MAX_QUEUES, "every queue has its slot");
 _Static_assert(MCR_LATENCY_BUCKETS == 1 + (32 - MCR_LATENCY_FIRST_BITS) * (1 << MCR_LATENCY_STEP_BITS),
 	       "every octave has its buckets");
-_Static_assert(sizeof(struct mcr_settings) == 8, "struct mcr_settings");
+_Static_assert(sizeof(struct mcr_settings) == 16, "struct mcr_settings");
 _Static_assert(sizeof(struct mcr_rule_key) == 44, "struct mcr_rule_key");
 _Static_assert(sizeof(struct mcr_rule_value) == 32, "struct mcr_rule_value");
-_Static_assert(sizeof(struct mcr_kernel_output) == 60, "struct mcr_kernel_output");
+_Static_assert(sizeof(struct mcr_kernel_output) == 64, "struct mcr_kernel_output");
 _Static_assert(sizeof(struct mcr_fragment_key) == 44, "struct mcr_fragment_key");
 _Static_assert(sizeof(struct mcr_metadata) == 24,
 	       "struct mcr_metadata: at most 32 on kernel 6.1, a multiple of 4");
 _Static_assert(sizeof(struct mcr_rule_stats) == 152, "struct mcr_rule_stats");
 _Static_assert(sizeof(struct mcr_rule_counters) == 144, "struct mcr_rule_counters");
-_Static_assert(sizeof(struct mcr_output_counters) == 104, "struct mcr_output_counters");
+_Static_assert(sizeof(struct mcr_output_counters) == 112, "struct mcr_output_counters");
 _Static_assert(sizeof(struct mcr_worker_counters) == 88, "struct mcr_worker_counters");
 _Static_assert(sizeof(struct mcr_command) == 320, "struct mcr_command");
 _Static_assert(sizeof(struct mcr_reply) == 128, "struct mcr_reply");

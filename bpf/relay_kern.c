@@ -10,6 +10,7 @@
  * Compiled by BCC, which rewrites map.lookup() and the like in this file only.
  */
 #include <uapi/linux/bpf.h>
+#include <asm-generic/errno.h>
 #include "relay_abi.h"
 #include "relay_parse.h"
 #include "relay_rewrite.h"
@@ -30,17 +31,30 @@ BPF_F_TABLE("array", u32, struct mcr_worker_counters, worker_counters, MCR_MAX_W
 BPF_F_TABLE("array", u32, struct mcr_latency, rule_latency, MCR_MAX_RULES, BPF_F_MMAPABLE);
 /* Kernel path: what each output makes of a packet. */
 BPF_TABLE("array", u32, struct mcr_kernel_output, kernel_outputs, MCR_MAX_OUTPUTS);
-/* Kernel path: the outputs of a rule, its output by egress interface, and its devices, each map by itself. */
-BPF_TABLE("array", u32, struct mcr_rule_outputs, rule_outputs, MCR_MAX_RULES);
+/* Kernel path: the outputs of a fan-out, its output by egress interface, and its devices, each map by itself. */
+BPF_TABLE("array", u32, struct mcr_fan_out, fan_out_outputs, MCR_MAX_FAN_OUTS);
 BPF_TABLE("hash", struct mcr_egress_key, u32, egress_outputs, MCR_MAX_OUTPUTS);
 BPF_TABLE("devmap", u32, struct bpf_devmap_val, fan_out_shape, MCR_MAX_OUTPUTS_PER_RULE);
-BPF_ARRAY_OF_MAPS(fan_outs, "fan_out_shape", MCR_MAX_RULES);
+BPF_ARRAY_OF_MAPS(fan_outs, "fan_out_shape", MCR_MAX_FAN_OUTS);
+/* What each fan-out relayed to every one of its outputs. */
+BPF_TABLE("percpu_array", u32, u64, fan_out_relayed, MCR_MAX_FAN_OUTS);
 /* What the kernel path counts for each output; the index is the output_id. */
 BPF_TABLE("percpu_array", u32, struct mcr_output_stats, output_stats, MCR_MAX_OUTPUTS);
 /* Where the later fragments of a datagram belong. */
 BPF_TABLE("lru_hash", struct mcr_fragment_key, u16, fragments, MCR_MAX_FRAGMENTED);
-/* What redirecting lost, by egress interface; user space makes the entries. */
-BPF_TABLE("hash", u32, struct mcr_redirect_losses, redirect_losses, MCR_MAX_EGRESS);
+/* The egress interfaces of the kernel path, by ifindex; user space makes the entries. */
+BPF_TABLE("hash", u32, struct mcr_egress_device, egress_devices, MCR_MAX_EGRESS);
+BPF_TABLE("percpu_array", u32, struct mcr_bulk, bulks, MCR_MAX_EGRESS);
+/* What the supervisor settles: what dead workers had in hand, what retired fan-outs relayed. */
+BPF_F_TABLE("array", u32, struct mcr_rule_counters, settled_rules, MCR_MAX_RULES, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", u32, struct mcr_output_counters, settled_outputs, MCR_MAX_OUTPUTS, BPF_F_MMAPABLE);
+
+/* Whose packet this CPU redirects at the moment: a tracepoint that tells of a failure does not say. */
+struct in_hand {
+	u32 rule_id;
+	u32 output_id;
+};
+BPF_TABLE("percpu_array", u32, struct in_hand, hands, 1);
 
 struct checksum_scratch {
 	u64 words[MCR_CHECKSUM_CHUNK / sizeof(u64)];
@@ -111,6 +125,25 @@ static __always_inline void count_sent(u32 output_id, u16 payload_length)
 	stats->sent_bytes += payload_length;
 }
 
+/* Remembers a frame on its way to a device; mcr_devmap_xmit counts it when the device has taken it, or not. */
+static __always_inline void log_frame(u32 bulk_index, u32 output_id, u16 payload_length)
+{
+	struct mcr_bulk *bulk = bulks.lookup(&bulk_index);
+	u32 count;
+
+	if (!bulk_index) { /* there were no more than MCR_MAX_EGRESS interfaces to account for */
+		count_sent(output_id, payload_length);
+		return;
+	}
+	if (!bulk)
+		return;
+	count = bulk->count;
+	if (count > MCR_BULK_FRAMES)
+		return; /* never so: the kernel flushes a full bulk */
+	bulk->frames[count] = output_id << 16 | payload_length;
+	bulk->count = count + 1;
+}
+
 static __always_inline void fill_metadata(struct mcr_metadata *metadata, const struct mcr_packet *packet,
 					  u32 rule_id, u16 flags, u64 now_ns)
 {
@@ -145,6 +178,8 @@ static __always_inline int leave_metadata(struct xdp_md *ctx, const struct mcr_m
 static __always_inline int relay_to_worker(struct xdp_md *ctx, struct mcr_rule_stats *stats, u32 xsk,
 					   const struct mcr_metadata *metadata)
 {
+	u32 zero = 0;
+	struct in_hand *hand;
 	int action;
 
 	if (leave_metadata(ctx, metadata))
@@ -152,6 +187,10 @@ static __always_inline int relay_to_worker(struct xdp_md *ctx, struct mcr_rule_s
 	action = xsks.redirect_map(xsk, XDP_DROP); /* XDP_DROP comes back when the map has no socket there */
 	if (action != XDP_REDIRECT)
 		return drop(stats, MCR_DROP_NO_WORKER);
+	stats->redirected_packets++; /* mcr_refused takes back what the socket refuses */
+	hand = hands.lookup(&zero);
+	if (hand)
+		hand->rule_id = metadata->rule_id;
 	return action;
 }
 
@@ -272,25 +311,65 @@ static __always_inline int rewrite(struct xdp_md *ctx, const struct mcr_metadata
 	return mcr_rewrite_ethernet(data, data_end, output, ipv6) == MCR_REWRITTEN ? 0 : -1;
 }
 
-/* The usual rule has one output: no clone, no second program. */
-static __always_inline int relay_to_one(struct xdp_md *ctx, struct mcr_rule_stats *stats, u32 output_id,
-					const struct mcr_packet *packet, const struct mcr_metadata *metadata)
+/* Our egress program would take what an XDP program of another device left for our own. */
+static __always_inline int strip_metadata(struct xdp_md *ctx)
 {
+	int length = (long)ctx->data - (long)ctx->data_meta; /* negative where the driver has no metadata */
+
+	return length > 0 ? bpf_xdp_adjust_meta(ctx, length) : 0;
+}
+
+/* In generic mode the device is handed the packet at once, and no tracepoint tells what it did with it. */
+static __always_inline void count_generic(u32 output_id, u16 payload_length)
+{
+	struct in_hand *hand;
+	u32 zero = 0;
+
+	count_sent(output_id, payload_length);
+	hand = hands.lookup(&zero);
+	if (hand)
+		hand->output_id = output_id;
+}
+
+/*
+ * The usual rule has one output: no clone, no second program.
+ *
+ * The kernel runs on all frames of a bulk the egress program that its first one asked for, or none. So frames
+ * that are rewritten here and frames that mcr_egress rewrites must never meet in a bulk: the supervisor lets a
+ * rule go from one way to the other through a third one, `fan_out`, for a moment. Its frames are rewritten
+ * here and ask for mcr_egress, which lets them pass: they can meet either kind.
+ */
+static __always_inline int relay_to_one(struct xdp_md *ctx, struct mcr_rule_stats *stats,
+					struct mcr_rule_value *rule, const struct mcr_packet *packet,
+					const struct mcr_metadata *metadata)
+{
+	u32 output_id = rule->output_id, fan_out = rule->fan_out;
 	struct mcr_kernel_output *output = kernel_outputs.lookup(&output_id);
+	struct mcr_output_stats *counts = output_stats.lookup(&output_id);
 	int reason;
 
-	if (!output || !output->ifindex)
+	if (!output || !output->ifindex || !counts)
 		return drop(stats, MCR_DROP_NO_OUTPUT);
 	stats->relayed_packets++;
 	stats->relayed_bytes += packet->payload_length;
+	counts->relayed_packets++;
 	reason = mcr_admit(output, packet->ttl, packet->ip_length);
-	if (reason == MCR_REWRITTEN && rewrite(ctx, metadata, output))
+	if (reason == MCR_REWRITTEN && (strip_metadata(ctx) || rewrite(ctx, metadata, output)))
 		reason = MCR_OUTPUT_DROP_SEND_ERROR;
 	if (reason != MCR_REWRITTEN) {
 		drop_output(output_id, reason);
 		return XDP_DROP;
 	}
-	count_sent(output_id, packet->payload_length);
+	if (rule->flags & MCR_RULE_GENERIC) {
+		count_generic(output_id, packet->payload_length);
+	} else if (fan_out) {
+		void *devices = fan_outs.lookup(&fan_out);
+
+		count_sent(output_id, packet->payload_length);
+		return devices ? redirect_to(devices, 0, 0) : bpf_redirect(output->ifindex, 0);
+	} else {
+		log_frame(output->bulk, output_id, packet->payload_length);
+	}
 	return bpf_redirect(output->ifindex, 0);
 }
 
@@ -298,9 +377,9 @@ static __always_inline int relay_to_one(struct xdp_md *ctx, struct mcr_rule_stat
  * The kernel leaves out, without a word, every device whose MTU the frame exceeds by more than its slack for
  * a VLAN tag. Those outputs' drops are counted here; the egress program counts the rest.
  */
-static __always_inline void count_left_out(u32 rule_id, u32 frame_length)
+static __always_inline void count_left_out(u32 fan_out, u32 frame_length)
 {
-	struct mcr_rule_outputs *all = rule_outputs.lookup(&rule_id);
+	struct mcr_fan_out *all = fan_out_outputs.lookup(&fan_out);
 
 	if (!all)
 		return;
@@ -321,10 +400,11 @@ static __always_inline int relay_to_many(struct xdp_md *ctx, struct mcr_rule_sta
 					 struct mcr_rule_value *rule, u32 frame_length,
 					 const struct mcr_metadata *metadata)
 {
-	u32 rule_id = metadata->rule_id;
-	void *devices = fan_outs.lookup(&rule_id);
+	u32 fan_out = rule->fan_out;
+	void *devices = fan_outs.lookup(&fan_out);
+	u64 *relayed = fan_out_relayed.lookup(&fan_out);
 
-	if (!devices)
+	if (!devices || !relayed)
 		return drop(stats, MCR_DROP_NO_OUTPUT);
 	if (bpf_xdp_get_buff_len(ctx) != ctx->data_end - ctx->data)
 		return drop(stats,
@@ -333,8 +413,9 @@ static __always_inline int relay_to_many(struct xdp_md *ctx, struct mcr_rule_sta
 		return drop(stats, MCR_DROP_NO_METADATA);
 	stats->relayed_packets++;
 	stats->relayed_bytes += metadata->payload_length;
+	*relayed += 1;
 	if (frame_length > rule->smallest_mtu + MCR_ETHERNET_LENGTH + MCR_VLAN_LENGTH)
-		count_left_out(rule_id, frame_length);
+		count_left_out(fan_out, frame_length);
 	return redirect_to(devices, 0, BPF_F_BROADCAST);
 }
 
@@ -347,29 +428,27 @@ static __always_inline int relay_in_kernel(struct xdp_md *ctx, struct mcr_rule_s
 
 	if (!later_fragment && settle_checksum(ctx, packet, rule, &flags))
 		return drop(stats, MCR_DROP_BAD_CHECKSUM);
-	fill_metadata(&metadata, packet, rule->rule_id, flags, 0); /* nobody asks for the time */
+	fill_metadata(&metadata, packet, rule->rule_id, flags, rule->fan_out); /* nobody asks for the time */
 	if (rule->output_id)
-		return relay_to_one(ctx, stats, rule->output_id, packet, &metadata);
+		return relay_to_one(ctx, stats, rule, packet, &metadata);
 	return relay_to_many(ctx, stats, rule, frame_length, &metadata);
 }
 
-/* Runs on each clone, on its way out of one device. */
+/* Runs on each clone, on its way out of one device. Where it drops one, mcr_devmap_xmit finds no trace of it. */
 int mcr_egress(struct xdp_md *ctx)
 {
 	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
 	struct mcr_metadata *left = (void *)(long)ctx->data_meta, metadata;
-	struct mcr_redirect_losses *losses;
 	struct mcr_kernel_output *output;
 	struct mcr_egress_key key = {};
-	u32 output_id, *found, ifindex = ctx->egress_ifindex;
+	u32 output_id, *found;
 	int reason = MCR_OUTPUT_DROP_SEND_ERROR;
-	u8 *ip;
 
 	if ((void *)(left + 1) > data)
-		return XDP_DROP; /* not redirected by us */
+		return XDP_PASS; /* relay_to_one has rewritten and counted it */
 	metadata = *left;
-	key.rule_id = metadata.rule_id;
-	key.ifindex = ifindex;
+	key.fan_out = metadata.fan_out;
+	key.ifindex = ctx->egress_ifindex;
 	found = egress_outputs.lookup(&key);
 	if (!found)
 		return XDP_DROP;
@@ -387,47 +466,198 @@ int mcr_egress(struct xdp_md *ctx)
 			reason = MCR_OUTPUT_DROP_SEND_ERROR;
 	}
 	if (reason == MCR_REWRITTEN) {
-		count_sent(output_id, metadata.payload_length);
+		log_frame(output->bulk, output_id, metadata.payload_length);
 		return XDP_PASS; /* in a devmap program: send */
 	}
 	drop_output(output_id, reason);
-	losses = redirect_losses.lookup(&ifindex);
-	if (losses)
-		__sync_fetch_and_add(&losses->by_program, 1);
 	return XDP_DROP;
 }
 
-/* Whether the device, of which a tracepoint tells the address, is in the supervisor's network namespace. */
-static __always_inline bool is_ours(u64 device)
-{
-	u64 net = 0;
-	u32 number = 0;
+/* --- what became of redirects: tracepoints, which tell of every program and of every network namespace */
 
-	if (bpf_probe_read_kernel(&net, sizeof(net), (void *)(device + MCR_DEVICE_NET)))
+/* The offsets come from the running kernel's BTF. */
+static __always_inline bool is_our_program(u64 program)
+{
+	struct mcr_settings *own;
+	u32 zero = 0, id = 0;
+	u64 aux = 0;
+
+	if (bpf_probe_read_kernel(&aux, sizeof(aux), (void *)(program + MCR_PROGRAM_AUX)))
 		return false;
-	if (bpf_probe_read_kernel(&number, sizeof(number), (void *)(net + MCR_NET_NUMBER)))
+	if (bpf_probe_read_kernel(&id, sizeof(id), (void *)(aux + MCR_PROGRAM_ID)))
 		return false;
-	return number == MCR_NAMESPACE;
+	own = settings.lookup(&zero);
+	return own && own->program_id == id;
+}
+
+static __always_inline u32 redirect_reason(int error)
+{
+	switch (-error) {
+	case ENOBUFS:
+		return MCR_DROP_RECEIVE_RING_FULL;
+	case ENOMEM:
+		return MCR_DROP_FILL_RING_EMPTY;
+	case ENXIO: /* the socket has just been closed */
+		return MCR_DROP_NO_WORKER;
+	default:
+		return MCR_DROP_REDIRECT_FAILED;
+	}
+}
+
+static __always_inline u32 device_reason(int error)
+{
+	switch (-error) {
+	case 0:
+		return MCR_OUTPUT_DROP_DEVICE_FULL;
+	case ENETDOWN:
+	case ENXIO:	 /* the peer of a veth is down */
+	case EINVAL:	 /* the interface is gone */
+	case EOPNOTSUPP: /* it does not take redirected frames, or not yet, or no longer */
+		return MCR_OUTPUT_DROP_LINK_DOWN;
+	case EMSGSIZE:
+		return MCR_OUTPUT_DROP_TOO_LARGE;
+	default:
+		return MCR_OUTPUT_DROP_SEND_ERROR;
+	}
+}
+
+static __always_inline struct mcr_bulk *find_bulk(u32 ifindex)
+{
+	struct mcr_egress_device *device = egress_devices.lookup(&ifindex);
+	u32 index;
+
+	if (!device)
+		return NULL;
+	index = device->bulk;
+	return bulks.lookup(&index);
+}
+
+/* An AF_XDP socket did not take the packet that mcr_relay has just redirected on this CPU. */
+static __always_inline void count_refused(const struct in_hand *hand, int error)
+{
+	u32 rule_id = hand->rule_id;
+	struct mcr_rule_stats *stats = rule_stats.lookup(&rule_id);
+
+	if (!stats)
+		return;
+	stats->redirected_packets--;
+	drop(stats, redirect_reason(error));
+}
+
+/* Nor did the device of a rule's one output. In native mode the packet is the last one in the bulk. */
+static __always_inline void count_undelivered(const struct in_hand *hand, u32 ifindex, int error)
+{
+	struct mcr_bulk *bulk = find_bulk(ifindex);
+	struct mcr_output_stats *stats;
+	u32 output_id = hand->output_id, last;
+
+	if (bulk && bulk->count) {
+		last = bulk->count - 1;
+		if (last > MCR_BULK_FRAMES)
+			return;
+		output_id = bulk->frames[last] >> 16;
+		bulk->count = last;
+	} else {
+		stats = output_stats.lookup(&output_id);
+		if (stats)
+			stats->sent_packets--;
+	}
+	drop_output(output_id, device_reason(error));
+}
+
+/*
+ * Raw tracepoint xdp_redirect_err, with arguments dev, program, target, error, map type, map id, index. It
+ * comes on the same CPU right after the program returned. Of a failed fan-out it does not say which devices got
+ * the packet: what the others miss is settled when their counters are at rest (mcr/accounting.py).
+ */
+int mcr_refused(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 map_type = ctx->args[4], zero = 0;
+	struct in_hand *hand = hands.lookup(&zero);
+	int error = (int)ctx->args[3];
+
+	if (!hand || !is_our_program(ctx->args[1]))
+		return 0;
+	if (map_type == BPF_MAP_TYPE_XSKMAP)
+		count_refused(hand, error);
+	else if (map_type == BPF_MAP_TYPE_UNSPEC)
+		count_undelivered(hand, (u32)ctx->args[6], error);
+	return 0;
+}
+
+static __always_inline void add_sent(u32 output_id, u32 packets, u32 bytes)
+{
+	struct mcr_output_stats *stats = output_stats.lookup(&output_id);
+
+	if (!stats)
+		return;
+	stats->sent_packets += packets;
+	stats->sent_bytes += bytes;
+}
+
+/* Of the first `count` frames the device took `sent`. Neighbours are usually of the same output. */
+static __always_inline void count_flushed(const struct mcr_bulk *bulk, u32 count, u32 sent, u32 reason)
+{
+	u32 output_id = 0, packets = 0, bytes = 0;
+
+	for (u32 i = 0; i < MCR_BULK_FRAMES; i++) {
+		u32 frame = bulk->frames[i];
+
+		if (i >= count)
+			break;
+		if (i >= sent) {
+			drop_output(frame >> 16, reason);
+			continue;
+		}
+		if (frame >> 16 != output_id) {
+			if (packets)
+				add_sent(output_id, packets, bytes);
+			output_id = frame >> 16;
+			packets = 0;
+			bytes = 0;
+		}
+		packets++;
+		bytes += frame & 0xffff;
+	}
+	if (packets)
+		add_sent(output_id, packets, bytes);
 }
 
 /*
  * The kernel's own word on what became of a bulk of redirected frames: raw tracepoint xdp_devmap_xmit, with
- * arguments from_dev, to_dev, sent, drops, err. It tells of every namespace. The offsets MCR_DEVICE_IFINDEX,
- * MCR_DEVICE_NET and MCR_NET_NUMBER come from the running kernel's BTF, MCR_NAMESPACE from the supervisor.
+ * arguments from_dev, to_dev, sent, drops, err. What a device does not take are the last frames; drops also
+ * counts what mcr_egress dropped. A bulk that is flushed because it is full leaves the frame in hand, which is
+ * logged already and will be the first of the next bulk. Only our own frames of this CPU and poll are logged,
+ * so that another namespace's device of the same number finds an empty log.
  */
 int mcr_devmap_xmit(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct mcr_redirect_losses *losses;
-	int drops = (int)ctx->args[3];
-	u32 ifindex = 0;
+	u32 sent = (u32)ctx->args[2], handed = sent + (u32)ctx->args[3];
+	u32 ifindex = 0, in_hand = 0, index, count;
+	u32 reason = device_reason((int)ctx->args[4]);
+	struct mcr_egress_device *device;
+	struct mcr_bulk *bulk;
 
-	if (drops <= 0 || !is_ours(ctx->args[1]))
-		return 0;
 	if (bpf_probe_read_kernel(&ifindex, sizeof(ifindex), (void *)(ctx->args[1] + MCR_DEVICE_IFINDEX)))
 		return 0;
-	losses = redirect_losses.lookup(&ifindex);
-	if (losses)
-		__sync_fetch_and_add(&losses->dropped, drops);
+	device = egress_devices.lookup(&ifindex);
+	if (!device)
+		return 0;
+	index = device->bulk;
+	bulk = bulks.lookup(&index);
+	if (!bulk || !bulk->count)
+		return 0;
+	count = bulk->count;
+	if (count > handed) {
+		if (count <= MCR_BULK_FRAMES + 1)
+			in_hand = bulk->frames[count - 1];
+		count = handed;
+	}
+	count_flushed(bulk, count, sent, reason);
+	if (count > sent)
+		__sync_fetch_and_add(&device->lost, count - sent);
+	bulk->frames[0] = in_hand;
+	bulk->count = in_hand ? 1 : 0;
 	return 0;
 }
 

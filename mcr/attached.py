@@ -9,17 +9,16 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from mcr import loader, netlink
-from mcr._bpf import ffi, lib
+from mcr.accounting import settle_worker
 from mcr.config import Attachment
 from mcr.desired import (
     FRAME_COUNT,
     InterfaceSpec,
-    KernelOutputSpec,
     OutputSpec,
     RuleSpec,
     WorkerSetup,
@@ -31,11 +30,11 @@ from mcr.desired import (
 from mcr.errors import McrError
 from mcr.maps import MAX_QUEUES, Maps
 from mcr.rule import InterfaceFacts
+from mcr.rule_maps import RuleMaps
 from mcr.seat import Seat, all_done, differs
 from mcr.sockets import RouteProbe, open_packets
 
 NOBODY = 65534
-RULES_AT_ONCE = 64  # before other work of the loop gets its turn
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +54,7 @@ class AttachedInterface:
         slots: Sequence[int],
         xsk_base: int,
         keep: bool,
+        rule_maps: RuleMaps,
     ) -> None:
         self.instance = instance
         self.attachment = attachment
@@ -66,9 +66,11 @@ class AttachedInterface:
         self.spec = InterfaceSpec()
         self._log = logging.LoggerAdapter(log, {"interface": attachment.interface})
         self.seats = [
-            Seat(attachment.interface, index, slot, xsk_base, maps) for index, slot in enumerate(slots)
+            Seat(attachment.interface, index, slot, xsk_base, maps, self._settle)
+            for index, slot in enumerate(slots)
         ]
         self._maps = maps
+        self._rule_maps = rule_maps
         self._reason = "not started"  # why it is not attached; empty if it is
         self._link: loader.Link | None = None
         self._facts: InterfaceFacts | None = None  # those that it is attached with
@@ -304,7 +306,7 @@ class AttachedInterface:
 
     async def _take_down(self) -> None:
         for rule in self._map_rules.values():
-            self._delete_map_rule(rule)
+            self._rule_maps.delete(rule)
         self._map_rules = {}
         await all_done(seat.stop() for seat in self.seats)
         self.spec = InterfaceSpec()
@@ -315,60 +317,14 @@ class AttachedInterface:
     async def _sync_maps(self) -> None:
         if self._link is None:
             return
-        in_place, wanted = self._map_rules, self.spec.rules
-        for rule_id in in_place.keys() - wanted.keys():
-            self._delete_map_rule(in_place.pop(rule_id))
-        changed = [rule for rule in wanted.values() if differs(in_place.get(rule.rule_id), rule)]
-        for number, rule in enumerate(changed, 1):
-            self._put_map_rule(rule, in_place.get(rule.rule_id))
-            in_place[rule.rule_id] = rule
-            if number % RULES_AT_ONCE == 0:
-                await asyncio.sleep(0)
+        await self._rule_maps.switch(self._map_rules, self.spec.rules, self.xsk_base)
 
-    def _put_map_rule(self, rule: RuleSpec, before: RuleSpec | None) -> None:
-        """Everything that the rule needs is in place before the one update that makes it count."""
-        if rule.kernel:
-            self._prepare_kernel_path(rule, before)
-        outputs = rule.kernel_outputs
-        fields = {
-            "rule_id": rule.rule_id,
-            "xsk_base": self.xsk_base,
-            "frame_limit": rule.frame_limit,
-            "flags": (lib.MCR_RULE_KERNEL if rule.kernel else 0)
-            | (lib.MCR_RULE_GENERIC if rule.generic else 0),
-            "output_id": outputs[0].output_id if len(outputs) == 1 else 0,
-            "smallest_mtu": min((output.mtu for output in outputs), default=0),
-        }
-        self._maps.set_rule(ffi.from_buffer(rule.key), fields)
-        if before is not None:
-            if before.key != rule.key:
-                self._maps.delete_rule(ffi.from_buffer(before.key))
-            self._retire_kernel_path(before, rule.kernel_outputs)
-
-    def _delete_map_rule(self, rule: RuleSpec) -> None:
-        self._maps.delete_rule(ffi.from_buffer(rule.key))
-        self._retire_kernel_path(rule, ())
-
-    def _prepare_kernel_path(self, rule: RuleSpec, before: RuleSpec | None) -> None:
-        old = before.kernel_outputs if before is not None else ()
-        for output in rule.kernel_outputs:
-            if output in old:
-                continue
-            self._maps.set_kernel_output(output.output_id, output.fields())
-            self._maps.set_egress(rule.rule_id, output.ifindex, output.output_id)
-            self._maps.count_redirects(output.ifindex)
-        if len(rule.kernel_outputs) > 1:
-            pairs = [(output.output_id, output.ifindex) for output in rule.kernel_outputs]
-            if len(old) < 2 or pairs != [(output.output_id, output.ifindex) for output in old]:
-                self._maps.set_fan_out(rule.rule_id, pairs)
-
-    def _retire_kernel_path(self, rule: RuleSpec, kept: Sequence[KernelOutputSpec]) -> None:
-        still_used = {output.ifindex for output in kept}
-        for output in rule.kernel_outputs:
-            if output.ifindex not in still_used:
-                self._maps.delete_egress(rule.rule_id, output.ifindex)
-        if len(rule.kernel_outputs) > 1 and len(kept) < 2:
-            self._maps.delete_fan_out(rule.rule_id)
+    async def _settle(self, rules: Collection[int], outputs: Collection[int]) -> None:
+        """What a worker that has ended had in hand is given up: at once if no other counts for them too."""
+        if len(self.seats) == 1:
+            await settle_worker(self._maps, rules, outputs)
+        else:
+            self._rule_maps.resting.watch_workers(rules, outputs)
 
 
 def _with_routes(spec: InterfaceSpec, before: InterfaceSpec) -> InterfaceSpec:

@@ -83,6 +83,15 @@ int mcr_link_xdp(int prog_fd, int ifindex, int generic)
 	return bpf_link_create(prog_fd, ifindex, BPF_XDP, &options);
 }
 
+int mcr_program_id(int prog_fd)
+{
+	struct bpf_prog_info info = {};
+	uint32_t length = sizeof(info);
+	int status = bpf_obj_get_info_by_fd(prog_fd, &info, &length);
+
+	return status ? status : (int)info.id;
+}
+
 int mcr_program_name(uint32_t id, char name[16])
 {
 	struct bpf_prog_info info = {};
@@ -118,8 +127,9 @@ int mcr_test_run(int prog_fd, void *frame, uint32_t length, uint32_t headroom, u
 	return status;
 }
 
-int mcr_rule_totals(int stats_fd, const struct mcr_rule_counters *workers, const uint32_t *ids,
-		    uint32_t count, struct mcr_rule_counters *totals)
+int mcr_rule_totals(int stats_fd, const struct mcr_rule_counters *workers,
+		    const struct mcr_rule_counters *settled, const uint32_t *ids, uint32_t count,
+		    struct mcr_rule_counters *totals)
 {
 	int cpus = libbpf_num_possible_cpus(), status = 0;
 	struct mcr_rule_stats *stats;
@@ -134,6 +144,8 @@ int mcr_rule_totals(int stats_fd, const struct mcr_rule_counters *workers, const
 
 		status = bpf_map_lookup_elem(stats_fd, &ids[i], stats);
 		*total = workers[ids[i]];
+		for (int reason = 0; reason < MCR_DROP_REASONS; reason++)
+			total->dropped[reason] += settled[ids[i]].dropped[reason];
 		for (int cpu = 0; cpu < cpus && !status; cpu++) {
 			total->received_packets += stats[cpu].packets;
 			total->received_bytes += stats[cpu].bytes;
@@ -149,8 +161,9 @@ int mcr_rule_totals(int stats_fd, const struct mcr_rule_counters *workers, const
 	return status;
 }
 
-int mcr_output_totals(int stats_fd, const struct mcr_output_counters *workers, const uint32_t *ids,
-		      uint32_t count, struct mcr_output_counters *totals)
+int mcr_output_totals(int stats_fd, const struct mcr_output_counters *workers,
+		      const struct mcr_output_counters *settled, const uint32_t *ids, uint32_t count,
+		      struct mcr_output_counters *totals)
 {
 	int cpus = libbpf_num_possible_cpus(), status = 0;
 	struct mcr_output_stats *stats;
@@ -165,6 +178,9 @@ int mcr_output_totals(int stats_fd, const struct mcr_output_counters *workers, c
 
 		status = bpf_map_lookup_elem(stats_fd, &ids[i], stats);
 		*total = workers[ids[i]];
+		total->relayed_packets += settled[ids[i]].relayed_packets;
+		for (int reason = 0; reason < MCR_OUTPUT_DROP_REASONS; reason++)
+			total->dropped[reason] += settled[ids[i]].dropped[reason];
 		for (int cpu = 0; cpu < cpus && !status; cpu++) {
 			total->relayed_packets += stats[cpu].relayed_packets;
 			total->sent_packets += stats[cpu].sent_packets;

@@ -26,6 +26,9 @@ int mcr_create_fan_out(uint32_t entries);
 /* A bpf_link of the program to an interface: in the driver, or generic. */
 int mcr_link_xdp(int prog_fd, int ifindex, int generic);
 
+/* The id of an open program. */
+int mcr_program_id(int prog_fd);
+
 /* The name of any loaded program. */
 int mcr_program_name(uint32_t id, char name[16]);
 
@@ -39,10 +42,12 @@ int mcr_test_run(int prog_fd, void *frame, uint32_t length, uint32_t headroom, u
  * mapped), for these ids: totals[i] is of ids[i]. One call for all of them, so that a reader of thousands
  * holds Python's lock for none of it.
  */
-int mcr_rule_totals(int stats_fd, const struct mcr_rule_counters *workers, const uint32_t *ids,
-		    uint32_t count, struct mcr_rule_counters *totals);
-int mcr_output_totals(int stats_fd, const struct mcr_output_counters *workers, const uint32_t *ids,
-		      uint32_t count, struct mcr_output_counters *totals);
+int mcr_rule_totals(int stats_fd, const struct mcr_rule_counters *workers,
+		    const struct mcr_rule_counters *settled, const uint32_t *ids, uint32_t count,
+		    struct mcr_rule_counters *totals);
+int mcr_output_totals(int stats_fd, const struct mcr_output_counters *workers,
+		      const struct mcr_output_counters *settled, const uint32_t *ids, uint32_t count,
+		      struct mcr_output_counters *totals);
 
 /*
  * Latency by octave, for these rules: octaves[i * MCR_OCTAVE_COLUMNS] on are, for ids[i], the packets below

@@ -92,7 +92,7 @@ class RuleSpec:
     """A rule as the rules map has it, and a worker if it takes the worker path.
 
     key: the bytes of its `struct mcr_rule_key`. output_ids: of the worker path. generic: XDP runs in generic
-    mode where the packets come in.
+    mode where the packets come in. fan_out: its packets go through a device map and the egress program.
     """
 
     rule_id: int
@@ -102,6 +102,7 @@ class RuleSpec:
     kernel: bool = False
     generic: bool = False
     kernel_outputs: tuple[KernelOutputSpec, ...] = ()
+    fan_out: bool = False
 
 
 @dataclass(slots=True)
@@ -354,6 +355,8 @@ class Realiser:
             if made.membership is not None:
                 memberships.add(made.membership)
         self._known = known
+        for spec in desired.interfaces.values():
+            _share_fan_outs(spec)
         desired.memberships = frozenset(memberships)
         return desired
 
@@ -388,6 +391,19 @@ class Realiser:
         return _Realised(
             *(rule, involved, attached, state.rule_id, output_ids), *(state, spec, outputs, membership)
         )
+
+
+def _share_fan_outs(spec: InterfaceSpec) -> None:
+    """A rule with one output whose interface a rule with several uses too goes through a fan-out as well.
+
+    The kernel runs on all frames of a bulk the egress program that the first one asked for (devmap.c,
+    bq_enqueue): packets with and without it must not come from one interface and leave by one.
+    """
+    fan_outs = (rule for rule in spec.rules.values() if rule.fan_out)
+    shared = {output.ifindex for rule in fan_outs for output in rule.kernel_outputs}
+    for rule_id, rule in spec.rules.items():
+        if not rule.fan_out and any(output.ifindex in shared for output in rule.kernel_outputs):
+            spec.rules[rule_id] = replace(rule, fan_out=True)
 
 
 def _involved(rule: Rule, facts: Mapping[str, InterfaceFacts]) -> tuple[InterfaceFacts | None, ...]:
@@ -461,6 +477,7 @@ def _specs(
             kernel_outputs=tuple(
                 _kernel_output(output, output_id, facts[output.interface]) for output, output_id in present
             ),
+            fan_out=len(present) > 1,
         )
         return spec, ()
     outputs = tuple(_worker_output(output, output_id, facts) for output, output_id in present)

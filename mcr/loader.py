@@ -35,21 +35,26 @@ MAP_NAMES = (
     "worker_counters",
     "rule_latency",
     "kernel_outputs",
-    "rule_outputs",
+    "fan_out_outputs",
     "egress_outputs",
     "fan_outs",
     "output_stats",
     "fragments",
-    "redirect_losses",
+    "fan_out_relayed",
+    "egress_devices",
+    "bulks",
+    "settled_rules",
+    "settled_outputs",
 )
 PROGRAMS = {
     "mcr_relay": lib.MCR_PROGRAM_XDP,
     "mcr_egress": lib.MCR_PROGRAM_DEVMAP,
     "mcr_devmap_xmit": lib.MCR_PROGRAM_RAW_TRACEPOINT,
+    "mcr_refused": lib.MCR_PROGRAM_RAW_TRACEPOINT,
 }
 PROGRAM_NAME = "mcr_relay"
 GONE = "already gone"  # or not to be seen, for want of CAP_BPF
-TRACEPOINT = "xdp_devmap_xmit"
+TRACEPOINTS = {"mcr_devmap_xmit": "xdp_devmap_xmit", "mcr_refused": "xdp_redirect_err"}
 COMPILE_TIMEOUT_S = 60
 VERIFIER_LOG_BYTES = 4 << 20
 BUSY_RETRY_S = 1.0
@@ -102,15 +107,11 @@ def _compile(source_dir: Path) -> tuple[dict[str, int], dict[str, bytes]]:
 
 
 def _kernel_facts() -> dict[str, int]:
-    """Where the running kernel keeps what mcr_devmap_xmit looks at, and the number of this namespace.
-
-    A raw tracepoint is handed kernel structs; a network namespace is told by its inode (namespaces(7)).
-    """
+    """Where the running kernel keeps what the tracepoint programs look at: they are handed kernel structs."""
     return {
         "MCR_DEVICE_IFINDEX": _offset("net_device", "ifindex"),
-        "MCR_DEVICE_NET": _offset("net_device", "nd_net"),
-        "MCR_NET_NUMBER": _offset("net", "ns") + _offset("ns_common", "inum"),
-        "MCR_NAMESPACE": Path("/proc/self/ns/net").stat().st_ino,
+        "MCR_PROGRAM_AUX": _offset("bpf_prog", "aux"),
+        "MCR_PROGRAM_ID": _offset("bpf_prog_aux", "id"),
     }
 
 
@@ -322,18 +323,19 @@ class XdpUnsupportedError(McrError):
     """The interface cannot run XDP in the mode asked for."""
 
 
-def trace_redirects(instance: str, program_fd: int, keep: bool) -> int:
-    """Attaches mcr_devmap_xmit to its tracepoint, for as long as the returned descriptor is open or pinned.
+def trace_redirects(instance: str, program: str, program_fd: int, keep: bool) -> int:
+    """Attaches a program to its tracepoint, for as long as the returned descriptor is open or pinned.
 
     It is adopted if it is pinned already, and pinned if it shall be kept.
     """
-    path = pin_dir(instance) / "tracepoint"
+    pin = f"tracepoint_{program}"
+    path = pin_dir(instance) / pin
     if path.exists():
-        return open_pin(instance, "tracepoint")
-    fd = int(lib.bpf_raw_tracepoint_open(TRACEPOINT.encode(), program_fd))
+        return open_pin(instance, pin)
+    fd = int(lib.bpf_raw_tracepoint_open(TRACEPOINTS[program].encode(), program_fd))
     if fd < 0:
         raise McrError(
-            f"cannot attach to the tracepoint {TRACEPOINT}: {os.strerror(-fd)}",
+            f"cannot attach to the tracepoint {TRACEPOINTS[program]}: {os.strerror(-fd)}",
             "run as root, or with CAP_PERFMON",
         )
     os.set_inheritable(fd, False)

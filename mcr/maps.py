@@ -7,7 +7,8 @@ touches a worker. This module must never decide what belongs in a map.
 import mmap
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Any, Self
@@ -21,6 +22,8 @@ from mcr.stream import Address, Stream
 MAX_RULES: int = lib.MCR_MAX_RULES
 MAX_OUTPUTS: int = lib.MCR_MAX_OUTPUTS
 MAX_OUTPUTS_PER_RULE: int = lib.MCR_MAX_OUTPUTS_PER_RULE
+MAX_EGRESS: int = lib.MCR_MAX_EGRESS
+MAX_FAN_OUTS: int = lib.MCR_MAX_FAN_OUTS
 MAX_INTERFACES: int = lib.MCR_MAX_INTERFACES
 MAX_WORKERS: int = lib.MCR_MAX_WORKERS
 MAX_QUEUES: int = lib.MCR_MAX_QUEUES
@@ -155,6 +158,14 @@ class Maps:
         self._rule_counters = _Counters(self._fds["rule_counters"], "mcr_rule_counters", MAX_RULES)
         self._output_counters = _Counters(self._fds["output_counters"], "mcr_output_counters", MAX_OUTPUTS)
         self._worker_counters = _Counters(self._fds["worker_counters"], "mcr_worker_counters", MAX_WORKERS)
+        self._settled_rules = _Counters(self._fds["settled_rules"], "mcr_rule_counters", MAX_RULES)
+        self._settled_outputs = _Counters(self._fds["settled_outputs"], "mcr_output_counters", MAX_OUTPUTS)
+        self._program_id = int(lib.mcr_program_id(self.program_fd))
+        _check(self._program_id, "read the program's id")
+        self._folding = threading.Lock()  # metrics are read in a thread of their own
+        self._fan_outs_of: dict[int, tuple[int, ...]] = {}  # by output_id
+        for fan_out in self.fan_outs():
+            self._list_fan_out(fan_out, self._outputs_of(fan_out))
         self._latency = _Counters(self._fds["rule_latency"], "mcr_latency", MAX_RULES)
 
     def __enter__(self) -> Self:
@@ -182,12 +193,12 @@ class Maps:
         _check(lib.bpf_map_update_elem(self._fds[name], key, value, 0), f"write the map {name}")
 
     def set_lookups(self, word: int) -> None:
-        value = ffi.new("struct mcr_settings *", {"abi_version": lib.MCR_ABI_VERSION, "lookups": word})
-        self._update("settings", ffi.new("__u32 *", 0), value)
+        fields = {"abi_version": lib.MCR_ABI_VERSION, "lookups": word, "program_id": self._program_id}
+        self._update("settings", ffi.new("__u32 *", 0), ffi.new("struct mcr_settings *", fields))
 
-    @property
-    def tracepoint_fd(self) -> int:
-        return self._fds["mcr_devmap_xmit"]
+    def tracepoint_fd(self, program: str) -> int:
+        """program: one of `loader.TRACEPOINTS`."""
+        return self._fds[program]
 
     def set_rule(self, key: Any, fields: dict[str, int]) -> None:
         """fields: those of `struct mcr_rule_value`."""
@@ -201,23 +212,20 @@ class Maps:
             "kernel_outputs", ffi.new("__u32 *", output_id), ffi.new("struct mcr_kernel_output *", fields)
         )
 
-    def set_egress(self, rule_id: int, ifindex: int, output_id: int) -> None:
-        self._update(
-            "egress_outputs",
-            ffi.new("struct mcr_egress_key *", [rule_id, ifindex]),
-            ffi.new("__u32 *", output_id),
-        )
+    def create_fan_out(self, fan_out: int, outputs: Sequence[tuple[int, int]]) -> None:
+        """Makes the device map of a fan-out that is not in use, for (output_id, ifindex) pairs.
 
-    def delete_egress(self, rule_id: int, ifindex: int) -> None:
-        lib.bpf_map_delete_elem(
-            self._fds["egress_outputs"], ffi.new("struct mcr_egress_key *", [rule_id, ifindex])
-        )
-
-    def set_fan_out(self, rule_id: int, outputs: Sequence[tuple[int, int]]) -> None:
-        """Makes a device map for (output_id, ifindex) pairs aside, then puts it in place at once."""
-        key = ffi.new("__u32 *", rule_id)
-        listed = {"count": len(outputs), "output_ids": [output_id for output_id, _ in outputs]}
-        self._update("rule_outputs", key, ffi.new("struct mcr_rule_outputs *", listed))
+        When it returns, no packet is on its way any more that met the rules as they were before: for this
+        kind of map the kernel waits for all running programs (kernel/bpf/syscall.c, maybe_wait_bpf_programs).
+        """
+        key = ffi.new("__u32 *", fan_out)
+        output_ids = [output_id for output_id, _ in outputs]
+        listed = {"count": len(outputs), "output_ids": output_ids}
+        self._update("fan_out_outputs", key, ffi.new("struct mcr_fan_out *", listed))
+        self._update("fan_out_relayed", key, ffi.new("__u64[]", self._cpus))
+        for output_id, ifindex in outputs:
+            egress = ffi.new("struct mcr_egress_key *", [fan_out, ifindex])
+            self._update("egress_outputs", egress, ffi.new("__u32 *", output_id))
         devices = int(lib.mcr_create_fan_out(MAX_OUTPUTS_PER_RULE))
         _check(devices, "create a device map")
         try:
@@ -229,29 +237,73 @@ class Maps:
             self._update("fan_outs", key, ffi.new("int *", devices))
         finally:
             os.close(devices)
+        self._list_fan_out(fan_out, output_ids)
 
-    def delete_fan_out(self, rule_id: int) -> None:
-        lib.bpf_map_delete_elem(self._fds["fan_outs"], ffi.new("__u32 *", rule_id))
+    def retire_fan_out(self, fan_out: int, interfaces: Iterable[int]) -> list[int]:
+        """Takes away a fan-out that no rule names any more; what it relayed goes to its outputs' account.
 
-    def count_redirects(self, ifindex: int) -> None:
-        """Begins to count what redirecting to an interface loses."""
-        no_exist = 1  # BPF_NOEXIST: what is counted already goes on
-        lib.bpf_map_update_elem(
-            self._fds["redirect_losses"],
-            ffi.new("__u32 *", ifindex),
-            ffi.new("struct mcr_redirect_losses *"),
-            no_exist,
-        )
+        interfaces: the indices of those that it sends by. Returns its output_ids. As in create_fan_out, no
+        packet can use it any more after the first step.
+        """
+        key = ffi.new("__u32 *", fan_out)
+        lib.bpf_map_delete_elem(self._fds["fan_outs"], key)
+        output_ids = self._outputs_of(fan_out)
+        with self._folding:
+            relayed = self._relayed_by(fan_out)
+            for output_id in output_ids:
+                self._settled_outputs[output_id].relayed_packets += relayed
+                left = tuple(other for other in self._fan_outs_of.get(output_id, ()) if other != fan_out)
+                self._fan_outs_of[output_id] = left
+            self._update("fan_out_outputs", key, ffi.new("struct mcr_fan_out *"))
+        for ifindex in interfaces:
+            egress = ffi.new("struct mcr_egress_key *", [fan_out, ifindex])
+            lib.bpf_map_delete_elem(self._fds["egress_outputs"], egress)
+        return output_ids
 
-    def counted_redirects(self) -> list[int]:
-        """The interfaces, by index, of which count_redirects was asked."""
-        return [int.from_bytes(key, sys.byteorder) for key in self._keys("redirect_losses", "__u32")]
+    def fan_outs(self) -> list[int]:
+        """Those that are in place."""
+        return [fan_out for fan_out in range(1, MAX_FAN_OUTS) if self._outputs_of(fan_out)]
 
-    def redirect_losses(self, ifindex: int) -> int:
-        """Packets that the device did not take after the egress program had let them go."""
-        value = ffi.new("struct mcr_redirect_losses *")
-        status = lib.bpf_map_lookup_elem(self._fds["redirect_losses"], ffi.new("__u32 *", ifindex), value)
-        return max(0, int(value.dropped - value.by_program)) if status == 0 else 0
+    def fan_out_interfaces(self) -> dict[int, list[int]]:
+        """By fan-out: the indices of the interfaces that it sends by."""
+        found: dict[int, list[int]] = {}
+        for key in self._keys("egress_outputs", "struct mcr_egress_key"):
+            entry = ffi.cast("struct mcr_egress_key *", ffi.from_buffer(key))
+            found.setdefault(int(entry.fan_out), []).append(int(entry.ifindex))
+        return found
+
+    def _outputs_of(self, fan_out: int) -> list[int]:
+        value = ffi.new("struct mcr_fan_out *")
+        status = lib.bpf_map_lookup_elem(self._fds["fan_out_outputs"], ffi.new("__u32 *", fan_out), value)
+        _check(status, "read the map fan_out_outputs")
+        return [int(value.output_ids[slot]) for slot in range(value.count)]
+
+    def _relayed_by(self, fan_out: int) -> int:
+        per_cpu = ffi.new("__u64[]", self._cpus)
+        status = lib.bpf_map_lookup_elem(self._fds["fan_out_relayed"], ffi.new("__u32 *", fan_out), per_cpu)
+        _check(status, "read the map fan_out_relayed")
+        return sum(per_cpu)
+
+    def _list_fan_out(self, fan_out: int, output_ids: Sequence[int]) -> None:
+        for output_id in output_ids:
+            self._fan_outs_of[output_id] = (*self._fan_outs_of.get(output_id, ()), fan_out)
+
+    def set_egress_device(self, ifindex: int, bulk: int) -> None:
+        """Begins to account for what is redirected to an interface; bulk is its own, from 1 on."""
+        fields = ffi.new("struct mcr_egress_device *", {"bulk": bulk})
+        self._update("egress_devices", ffi.new("__u32 *", ifindex), fields)
+
+    def delete_egress_device(self, ifindex: int) -> None:
+        lib.bpf_map_delete_elem(self._fds["egress_devices"], ffi.new("__u32 *", ifindex))
+
+    def egress_devices(self) -> dict[int, tuple[int, int]]:
+        """By ifindex: the bulk, and how many packets the device did not take."""
+        devices = {}
+        value = ffi.new("struct mcr_egress_device *")
+        for key in self._keys("egress_devices", "__u32"):
+            if lib.bpf_map_lookup_elem(self._fds["egress_devices"], ffi.from_buffer(key), value) == 0:
+                devices[int.from_bytes(key, sys.byteorder)] = (int(value.bulk), int(value.lost))
+        return devices
 
     def delete_rule(self, key: Any) -> None:
         """Deletes a rule; one that is not there is no error."""
@@ -260,12 +312,6 @@ class Maps:
     def rule_keys(self) -> list[bytes]:
         """The key of every rule in the map."""
         return self._keys("rules", "struct mcr_rule_key")
-
-    def egress_keys(self) -> set[tuple[int, int]]:
-        """Every (rule_id, ifindex) that has an egress entry."""
-        keys = self._keys("egress_outputs", "struct mcr_egress_key")
-        entries = (ffi.cast("struct mcr_egress_key *", ffi.from_buffer(key)) for key in keys)
-        return {(int(entry.rule_id), int(entry.ifindex)) for entry in entries}
 
     def _keys(self, name: str, struct: str) -> list[bytes]:
         keys: list[bytes] = []
@@ -287,6 +333,7 @@ class Maps:
             "rule_stats", ffi.new("__u32 *", rule_id), ffi.new("struct mcr_rule_stats[]", self._cpus)
         )
         self._rule_counters.clear(rule_id)
+        self._settled_rules.clear(rule_id)
         self._latency.clear(rule_id)
 
     def clear_output(self, output_id: int) -> None:
@@ -294,16 +341,27 @@ class Maps:
         zeroes = ffi.new("struct mcr_output_stats[]", self._cpus)
         self._update("output_stats", ffi.new("__u32 *", output_id), zeroes)
         self._output_counters.clear(output_id)
+        self._settled_outputs.clear(output_id)
 
     def clear_worker(self, slot: int) -> None:
         self._worker_counters.clear(slot)
 
-    def rule_counts(self, rule_id: int) -> RuleCounts:
-        """What XDP counted on every CPU together with what the workers counted."""
+    def _rule_stats(self, rule_id: int) -> Any:
         per_cpu = ffi.new("struct mcr_rule_stats[]", self._cpus)
         status = lib.bpf_map_lookup_elem(self._fds["rule_stats"], ffi.new("__u32 *", rule_id), per_cpu)
         _check(status, "read the map rule_stats")
-        worker = self._rule_counters[rule_id]
+        return per_cpu
+
+    def _output_stats(self, output_id: int) -> Any:
+        per_cpu = ffi.new("struct mcr_output_stats[]", self._cpus)
+        status = lib.bpf_map_lookup_elem(self._fds["output_stats"], ffi.new("__u32 *", output_id), per_cpu)
+        _check(status, "read the map output_stats")
+        return per_cpu
+
+    def rule_counts(self, rule_id: int) -> RuleCounts:
+        """What XDP counted on every CPU, what the workers counted, and what was settled for dead ones."""
+        per_cpu, worker = self._rule_stats(rule_id), self._rule_counters[rule_id]
+        settled = self._settled_rules[rule_id]
         return RuleCounts(
             received_packets=sum(cpu.packets for cpu in per_cpu) + worker.received_packets,
             received_bytes=sum(cpu.bytes for cpu in per_cpu) + worker.received_bytes,
@@ -311,7 +369,9 @@ class Maps:
             relayed_packets=sum(cpu.relayed_packets for cpu in per_cpu) + worker.relayed_packets,
             relayed_bytes=sum(cpu.relayed_bytes for cpu in per_cpu) + worker.relayed_bytes,
             dropped={
-                name: sum(cpu.dropped[reason] for cpu in per_cpu) + worker.dropped[reason]
+                name: sum(cpu.dropped[reason] for cpu in per_cpu)
+                + worker.dropped[reason]
+                + settled.dropped[reason]
                 for reason, name in enumerate(DROP_REASONS)
             },
         )
@@ -327,8 +387,9 @@ class Maps:
         """The counts of many rules at once: RULE_COLUMNS numbers for each, in the order of RuleCounts, a
         number for each of DROP_REASONS at their end."""
         ids, totals = ffi.new("uint32_t[]", rule_ids), ffi.new("struct mcr_rule_counters[]", len(rule_ids))
-        fd, workers = self._fds["rule_stats"], self._rule_counters.view
-        _check(lib.mcr_rule_totals(fd, workers, ids, len(rule_ids), totals), "read the map rule_stats")
+        fd, workers, settled = self._fds["rule_stats"], self._rule_counters.view, self._settled_rules.view
+        status = lib.mcr_rule_totals(fd, workers, settled, ids, len(rule_ids), totals)
+        _check(status, "read the map rule_stats")
         return _numbers(totals, RULE_COLUMNS * len(rule_ids))
 
     def output_totals(self, output_ids: Sequence[int]) -> list[int]:
@@ -338,7 +399,15 @@ class Maps:
             ffi.new("struct mcr_output_counters[]", len(output_ids)),
         )
         fd, workers = self._fds["output_stats"], self._output_counters.view
-        _check(lib.mcr_output_totals(fd, workers, ids, len(output_ids), totals), "read the map output_stats")
+        with self._folding:
+            relayed = {fan_out: 0 for each in output_ids for fan_out in self._fan_outs_of.get(each, ())}
+            relayed = {fan_out: self._relayed_by(fan_out) for fan_out in relayed}
+            settled = self._settled_outputs.view
+            status = lib.mcr_output_totals(fd, workers, settled, ids, len(output_ids), totals)
+            for total, output_id in zip(totals, output_ids, strict=True):
+                for fan_out in self._fan_outs_of.get(output_id, ()):
+                    total.relayed_packets += relayed[fan_out]
+        _check(status, "read the map output_stats")
         return _numbers(totals, OUTPUT_COLUMNS * len(output_ids))
 
     def latency_octaves(self, rule_ids: Sequence[int]) -> list[int]:
@@ -350,21 +419,48 @@ class Maps:
         return _numbers(octaves, OCTAVE_COLUMNS * len(rule_ids))
 
     def output_counts(self, output_id: int) -> OutputCounts:
-        """What the kernel path counted on every CPU together with what the workers counted."""
-        per_cpu = ffi.new("struct mcr_output_stats[]", self._cpus)
-        status = lib.bpf_map_lookup_elem(self._fds["output_stats"], ffi.new("__u32 *", output_id), per_cpu)
-        _check(status, "read the map output_stats")
-        worker = self._output_counters[output_id]
-        return OutputCounts(
-            sum(cpu.relayed_packets for cpu in per_cpu) + worker.relayed_packets,
-            sum(cpu.sent_packets for cpu in per_cpu) + worker.sent_packets,
-            sum(cpu.sent_bytes for cpu in per_cpu) + worker.sent_bytes,
-            {
-                name: sum(cpu.dropped[reason] for cpu in per_cpu) + worker.dropped[reason]
-                for reason, name in enumerate(OUTPUT_DROP_REASONS)
-            },
-            worker.last_error,
-        )
+        """What the kernel path counted on every CPU, what the workers counted, and what was settled."""
+        with self._folding:
+            fan_outs = self._fan_outs_of.get(output_id, ())
+            relayed = sum(self._relayed_by(fan_out) for fan_out in fan_outs)
+            per_cpu, worker = self._output_stats(output_id), self._output_counters[output_id]
+            settled = self._settled_outputs[output_id]
+            relayed += worker.relayed_packets + settled.relayed_packets
+            return OutputCounts(
+                relayed + sum(cpu.relayed_packets for cpu in per_cpu),
+                sum(cpu.sent_packets for cpu in per_cpu) + worker.sent_packets,
+                sum(cpu.sent_bytes for cpu in per_cpu) + worker.sent_bytes,
+                {
+                    name: sum(cpu.dropped[reason] for cpu in per_cpu)
+                    + worker.dropped[reason]
+                    + settled.dropped[reason]
+                    for reason, name in enumerate(OUTPUT_DROP_REASONS)
+                },
+                worker.last_error,
+            )
+
+    # --- what has to be settled: see accounting.py
+
+    def rule_in_workers(self, rule_id: int) -> int:
+        """A rule's packets that workers have received and not accounted for."""
+        worker, settled = self._rule_counters[rule_id], self._settled_rules[rule_id]
+        received = worker.received_packets + sum(cpu.redirected_packets for cpu in self._rule_stats(rule_id))
+        accounted = worker.relayed_packets + sum(worker.dropped) + settled.dropped[lib.MCR_DROP_WORKER_DIED]
+        return int(received - accounted)
+
+    def output_in_workers(self, output_id: int) -> int:
+        """An output's packets that workers have handed to it and not seen sent or dropped."""
+        worker, settled = self._output_counters[output_id], self._settled_outputs[output_id]
+        accounted = worker.sent_packets + sum(worker.dropped)
+        return int(worker.relayed_packets - accounted - settled.dropped[lib.MCR_OUTPUT_DROP_WORKER_DIED])
+
+    def settle_rule(self, rule_id: int, packets: int) -> None:
+        """Gives up packets that a worker had in hand when it died."""
+        self._settled_rules[rule_id].dropped[lib.MCR_DROP_WORKER_DIED] += packets
+
+    def settle_output(self, output_id: int, packets: int, reason: str) -> None:
+        """Gives up an output's packets; reason: one of OUTPUT_DROP_REASONS."""
+        self._settled_outputs[output_id].dropped[OUTPUT_DROP_REASONS.index(reason)] += packets
 
     def worker_counts(self, slot: int) -> WorkerCounts:
         counters = self._worker_counters[slot]

@@ -85,6 +85,10 @@ OUTPUT_DROPS: dict[str, tuple[str, str]] = {
         "attach with more egress threads, or use a faster egress interface",
     ),
     "worker_died": ("a worker died before the send had completed", "see the log for why it ended"),
+    "device_full": (
+        "the queue of the egress interface was full",
+        "use a faster egress interface, or shape the sender; compare the MTU of a veth's peer",
+    ),
 }
 
 # What a send can fail with (udp(7), ip(7), ipv6(7)), where it says more than the drop reason.

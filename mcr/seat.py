@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -27,6 +27,8 @@ BACKOFF_LAST_S = 10.0
 HEALTHY_AFTER_S = 60.0
 CRASH_LOOP_ENDS, CRASH_LOOP_WITHIN_S = 5, 60.0
 COMMANDS_AT_ONCE = 64
+
+Settle = Callable[[Collection[int], Collection[int]], Awaitable[None]]
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +58,14 @@ class _Told:
 class Seat:
     """The seat of one worker. It is taken from `start` to `stop`; between these a worker is replaced.
 
-    index: from 0, among the workers of the interface. slot: of its counters. pending: why no worker takes
+    index: from 0, among the workers of the interface. slot: of its counters. settle: told the rules and
+    outputs, by id, of a worker that has ended. pending: why no worker takes
     traffic, empty if one does. crash_loop: its workers keep ending, see CRASH_LOOP_ENDS.
     """
 
-    def __init__(self, interface: str, index: int, slot: int, xsk_base: int, maps: Maps) -> None:
+    def __init__(
+        self, interface: str, index: int, slot: int, xsk_base: int, maps: Maps, settle: Settle
+    ) -> None:
         self.index = index
         self.slot = slot
         self.name = f"{interface}/{index}" if index else interface
@@ -72,6 +77,7 @@ class Seat:
         self.crash_loop = False
         self._xsk_base = xsk_base
         self._maps = maps
+        self._settle = settle
         self._packet: socket.socket | None = None
         self._worker: WorkerProcess | None = None
         self._spec = InterfaceSpec()
@@ -126,6 +132,7 @@ class Seat:
             if self._worker is not None:
                 await self._worker.shut_down()
                 self._worker = None
+                await self._settle(self._told.rules, self._told.outputs)
             self._vacate(reason)
 
     async def add(self, spec: InterfaceSpec) -> None:
@@ -268,6 +275,7 @@ class Seat:
         self._close_ingress()
         worker.kill()
         await worker.end()
+        await self._settle(self._told.rules, self._told.outputs)
         self._log.error("%s: worker %d: %s", self.name, worker.pid, cause)
         self.pending = f"its worker is being restarted: {worker.last_words or cause}"
         self._count_end(worker.last_words or cause)

@@ -82,6 +82,8 @@ async def _status(supervisor: Supervisor, _: dict[str, Any]) -> object:
 
 
 async def _stats(supervisor: Supervisor, params: dict[str, Any]) -> object:
+    if params.get("settle") is True:
+        supervisor.rule_maps.watch()
     return views.stats(supervisor, _name(params), latency=params.get("latency") is True)
 
 

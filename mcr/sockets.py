@@ -21,8 +21,10 @@ SEND_BUFFER_BYTES = 8 << 20
 RECEIVE_BUFFER_BYTES = 32 << 20
 
 # linux/in.h, linux/in6.h, linux/if_packet.h, asm-generic/socket.h: names that Python's socket module lacks
+IP_RECVERR = 11
 IP_MTU = 14
 IPV6_MTU = 24
+IPV6_RECVERR = 25
 IP_TRANSPARENT = 19
 IPV6_TRANSPARENT = 75
 SO_SNDBUFFORCE = 32
@@ -60,7 +62,9 @@ def open_output(output: Output, ifindex: int) -> socket.socket:
     """The UDP socket of an output: unconnected, so that each send takes the route and address of its moment.
 
     ifindex: the egress interface, 0 where routing chooses. A source address that is not the host's own is
-    allowed (IP_TRANSPARENT, ip(7)). Raises McrError.
+    allowed (IP_TRANSPARENT, ip(7)). A send to a group tells when the egress qdisc drops the packet
+    (IP_RECVERR, ip(7); the kernel keeps it to itself else). Not so to a host: there the same option would
+    make a later send fail for each ICMP error that an earlier one met. Raises McrError.
     """
     family = socket.AF_INET if isinstance(output.address, IPv4Address) else socket.AF_INET6
     udp = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
@@ -127,6 +131,7 @@ def _set_ipv4(udp: socket.socket, output: Output, ifindex: int) -> None:
         request = struct.pack("=4s4si", bytes(4), bytes(4), ifindex)  # struct ip_mreqn
         udp.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, request)
         udp.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 0)
+        udp.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)  # see open_output
     if output.ttl is not None:
         option = socket.IP_MULTICAST_TTL if output.group else socket.IP_TTL
         udp.setsockopt(socket.IPPROTO_IP, option, output.ttl)
@@ -140,6 +145,7 @@ def _set_ipv6(udp: socket.socket, output: Output, ifindex: int) -> None:
     if output.group:
         udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, ifindex)
         udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, 0)
+        udp.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 1)  # see open_output
     if output.ttl is not None:
         option = socket.IPV6_MULTICAST_HOPS if output.group else socket.IPV6_UNICAST_HOPS
         udp.setsockopt(socket.IPPROTO_IPV6, option, output.ttl)

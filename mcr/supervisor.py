@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 
 from mcr import keep, loader
 from mcr._bpf import ffi
+from mcr.accounting import settle_worker
 from mcr.attached import AttachedInterface
 from mcr.config import Attachment, Config, load_config
 from mcr.desired import Desired, IdPool, Ids, Realiser, RuleState
@@ -25,10 +26,12 @@ from mcr.maps import MAX_INTERFACES, MAX_QUEUES, MAX_WORKERS, Maps, lookups_need
 from mcr.membership import MembershipWorker
 from mcr.netlink import LinkMonitor
 from mcr.rule import InterfaceFacts, Rule, check_rules
+from mcr.rule_maps import RuleMaps
 from mcr.state import load_rules, save_rules, set_aside
 
 RETRY_INTERVAL_S = 5.0
 QUEUES_INTERVAL_S = 1.0
+SETTLE_INTERVAL_S = 1.0
 IDS_AT_ONCE = 256  # before other work of the loop gets its turn
 
 log = logging.getLogger(__name__)
@@ -102,6 +105,7 @@ class Supervisor:
         self.reloads = Reloads()
         self.membership = MembershipWorker()
         self.maps: Maps
+        self.rule_maps: RuleMaps
         self._monitor = LinkMonitor(self._links_changed)
         self._ids = Ids()
         self._realiser = Realiser()
@@ -123,16 +127,21 @@ class Supervisor:
     def redirect_losses(self) -> dict[str, int]:
         """What devices did not take of the kernel path's packets, by egress interface."""
         names = {facts.ifindex: name for name, facts in self._monitor.facts.items()}
-        counted = sorted(ifindex for ifindex in self.maps.counted_redirects() if ifindex in names)
-        return {names[ifindex]: self.maps.redirect_losses(ifindex) for ifindex in counted}
+        devices = sorted(self.maps.egress_devices().items())
+        return {names[ifindex]: lost for ifindex, (_, lost) in devices if ifindex in names}
 
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:
             adopted = await asyncio.to_thread(self._load)
             stack.callback(self._unload)
             self.maps = stack.enter_context(Maps(self.instance))
-            tracepoint = loader.trace_redirects(self.instance, self.maps.tracepoint_fd, self.keep)
-            stack.callback(os.close, tracepoint)
+            self.rule_maps = RuleMaps(self.maps)
+            for program in loader.TRACEPOINTS:
+                fd = self.maps.tracepoint_fd(program)
+                stack.callback(os.close, loader.trace_redirects(self.instance, program, fd, self.keep))
+            if adopted:
+                rules, outputs = self._ids.rules.values(), self._ids.outputs.values()
+                await settle_worker(self.maps, rules, outputs)  # the workers ended with their supervisor
             await self.membership.start()
             stack.push_async_callback(self.membership.stop)
             await stack.enter_async_context(self._monitor)
@@ -142,6 +151,7 @@ class Supervisor:
                 self._drop_unwanted()
             self._in_background(self._retry(), "mcr-retry")
             self._in_background(self._watch_queues(), "mcr-queues")
+            self._in_background(self._settle(), "mcr-settle")
             self._stack = stack.pop_all()
         return self
 
@@ -174,9 +184,7 @@ class Supervisor:
         for key in self.maps.rule_keys():
             if key not in wanted:
                 self.maps.delete_rule(ffi.from_buffer(key))
-        egress = {(rule.rule_id, output.ifindex) for rule in in_place for output in rule.kernel_outputs}
-        for rule_id, ifindex in self.maps.egress_keys() - egress:
-            self.maps.delete_egress(rule_id, ifindex)
+        self.rule_maps.drop_left()
         attached = {self.facts[name].ifindex for name in self.attached if name in self.facts}
         loader.drop_links(self.instance, but=attached)
 
@@ -327,6 +335,7 @@ class Supervisor:
 
     async def _assign_ids(self, rules: Sequence[Rule]) -> None:
         new_rules, new_outputs = self._ids.assign(rules)
+        self.rule_maps.resting.forget(new_rules, new_outputs)
         for clear, numbers in ((self.maps.clear_rule, new_rules), (self.maps.clear_output, new_outputs)):
             for count, number in enumerate(numbers, 1):
                 clear(number)
@@ -354,7 +363,9 @@ class Supervisor:
         for slot in slots:
             self.maps.clear_worker(slot)
         xsk_base = (self._bases.take() - 1) * MAX_QUEUES
-        return AttachedInterface(self.instance, attachment, self.maps, slots, xsk_base, self.keep)
+        return AttachedInterface(
+            self.instance, attachment, self.maps, slots, xsk_base, self.keep, self.rule_maps
+        )
 
     # --- by itself
 
@@ -376,6 +387,12 @@ class Supervisor:
             await asyncio.sleep(RETRY_INTERVAL_S)
             if any(each.pending and each.name in self.facts for each in self.attached.values()):
                 await self._apply_again()
+
+    async def _settle(self) -> None:
+        """Settles what nobody saw getting lost, once its rules and outputs are at rest."""
+        while True:
+            await asyncio.sleep(SETTLE_INTERVAL_S)
+            self.rule_maps.resting.settle()
 
     async def _watch_queues(self) -> None:
         while True:

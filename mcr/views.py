@@ -186,6 +186,7 @@ def _output_row(supervisor: "Supervisor", state: RuleState, output: OutputState)
         "object": "output",
         "rule": state.rule.name,
         "output": str(output.output),
+        "relayed_packets": counts.relayed_packets,
         "sent_packets": counts.sent_packets,
         "sent_bytes": counts.sent_bytes,
         "last_errno": counts.last_error,

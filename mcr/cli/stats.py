@@ -1,17 +1,23 @@
-"""`mcr stats`: what was received, relayed, sent and dropped, and how long it took."""
+"""`mcr stats`: what was received, relayed, sent and dropped, how long it took, and whether that is all."""
 
+import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
 
+from mcr.accounting import dropped, unaccounted
 from mcr.cli.common import Row, Settings, call, complete_rules, json_option, print_json, print_table
 from mcr.cli.tables import amount, duration
+from mcr.errors import McrError
 
 if TYPE_CHECKING:
     from mcr.cli.streams import Stream
 
+REST_S = 0.3
+SETTLED_S = 9.0  # longer than anything waits to be settled: see accounting.py
+CHECK_LIMIT_S = 20.0
 TOTALS = ("stream", "received", "relayed", "sent", "dropped", "p50", "p99", "max")
 RATES = ("stream", "received/s", "relayed/s", "sent/s", "bit/s", "dropped/s", "p50", "p99")
 
@@ -23,7 +29,7 @@ def _reasons(row: Row) -> dict[str, int]:
 
 
 def _print_totals(rows: list[Row]) -> None:
-    lines, dropped = [], []
+    lines, reasons_of = [], []
     for row in rows:
         is_rule, reasons = row["object"] == "rule", _reasons(row)
         name = f"{row['rule']}  {row['stream']}" if is_rule else f"  -> {row['output']}"
@@ -36,9 +42,9 @@ def _print_totals(rows: list[Row]) -> None:
         lines.append(line)
         if reasons:
             listed = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
-            dropped.append(f"{row['rule']}{'' if is_rule else ' -> ' + row['output']} dropped: {listed}")
+            reasons_of.append(f"{row['rule']}{'' if is_rule else ' -> ' + row['output']} dropped: {listed}")
     print_table(lines, TOTALS, names=("stream",), numbers=TOTALS[1:])
-    for text in dropped:
+    for text in reasons_of:
         print(text)
 
 
@@ -76,13 +82,73 @@ def _rate_lines(stream: "Stream") -> Iterator[Row]:
         }
 
 
+def _counts(rows: list[Row]) -> list[dict[str, int]]:
+    return [{key: value for key, value in row.items() if key.endswith("_packets")} for row in rows]
+
+
+def _at_rest(settings: Settings, name: str | None) -> list[Row]:
+    """The rows when they have not moved for a moment, and add up or will not any more. Raises McrError."""
+    rows: list[Row] = []
+    started_s = rested_s = time.monotonic()
+    while True:
+        before, rows = rows, call(settings, "stats", name=name, settle=True)
+        now_s = time.monotonic()
+        if _counts(before) != _counts(rows):
+            rested_s = now_s
+        whole = not any(unaccounted(row) for row in rows)
+        if now_s - rested_s > (REST_S if whole else SETTLED_S):
+            return rows
+        if now_s - started_s > CHECK_LIMIT_S:
+            raise McrError(
+                f"traffic goes on: no rest within {CHECK_LIMIT_S} s",
+                "stop the sources, or name a rule at rest",
+            )
+        time.sleep(REST_S / 2)
+
+
+def _described(row: Row, difference: int) -> str:
+    if row["object"] == "rule":
+        sum_ = f"received {row['received_packets']}, relayed {row['relayed_packets']}"
+        what = f"rule {row['rule']}"
+    else:
+        sum_ = f"relayed {row['relayed_packets']}, sent {row['sent_packets']}"
+        what = f"rule {row['rule']}, output {row['output']}"
+    return f"{what}: {sum_}, dropped {dropped(row)}: {difference:+d} unaccounted for"
+
+
+def _check(settings: Settings, name: str | None, as_json: bool) -> int:
+    rows = _at_rest(settings, name)
+    failed = [(row, unaccounted(row)) for row in rows if unaccounted(row)]
+    if as_json:
+        print_json([{**row, "unaccounted_packets": unaccounted(row)} for row in rows])
+    else:
+        for row, difference in failed:
+            print(_described(row, difference))
+        if not failed:
+            print(f"every packet of {sum(row['object'] == 'rule' for row in rows)} rules is accounted for")
+    for row in call(settings, "status"):
+        if row["object"] == "interface" and row["socket_dropped"]:
+            lost = f"{row['socket_dropped']} packets of {row['interface']} were lost before MCR saw them"
+            print(f"mcr: {lost}, of streams or not (AF_PACKET)", file=sys.stderr)
+    return 1 if failed else 0
+
+
 @click.command(name="stats")
 @click.argument("name", required=False, shell_complete=complete_rules)
 @json_option
 @click.option("--watch", is_flag=True, help="Print rates every second until Ctrl-C; with -j the totals.")
+@click.option("--check", is_flag=True, help="Wait for rest, then tell every packet that is unaccounted for.")
 @click.pass_obj
-def command(settings: Settings, name: str | None, as_json: bool, watch: bool) -> None:
-    """Show what each rule, or one, received, relayed, sent and dropped, in packets, and its latency."""
+def command(settings: Settings, name: str | None, as_json: bool, watch: bool, check: bool) -> int:
+    """Show what each rule, or one, received, relayed, sent and dropped, in packets, and its latency.
+
+    With --check: whether received = relayed + dropped for each rule, and relayed = sent + dropped for each
+    output. That holds when no traffic comes; exit status 1 if it does not.
+    """
+    if check and watch:
+        raise click.UsageError("--check looks once, --watch for ever: choose one")
+    if check:
+        return _check(settings, name, as_json)
     if watch and not as_json:
         _watch(settings, name)
     while True:
@@ -92,6 +158,6 @@ def command(settings: Settings, name: str | None, as_json: bool, watch: bool) ->
         else:
             _print_totals(rows)
         if not watch:
-            return
+            return 0
         time.sleep(1)
         print(flush=True)

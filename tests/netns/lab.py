@@ -256,7 +256,7 @@ class Lab:
         return self.run(namespace, _mcr(namespace, arguments), check=check, timeout_s=timeout_s)
 
     def supervisor(
-        self, namespace: Namespace, *arguments: str, config: str | None = None, timeout_s: float = 20.0
+        self, namespace: Namespace, *arguments: str, config: str | None = None, timeout_s: float = 60.0
     ) -> Process:
         """Starts `mcr run ARGUMENTS` with the TOML text as its file, and returns once it answers."""
         files: list[str] = []

@@ -250,7 +250,7 @@ def test_bpftool_prints_rules_by_the_names_of_their_fields(instance: str) -> Non
             "output_id": 0,
             "smallest_mtu": 0,
             "partial_seen": 0,
-            "reserved": 0,
+            "fan_out": 0,
         },
     }
     plain = subprocess.run(
@@ -282,8 +282,9 @@ def test_bpftool_names_the_program_and_its_maps(instance: str) -> None:
     assert (program["name"], program["type"]) == ("mcr_relay", "xdp")
     used = {bpftool("map", "show", "id", str(number))["name"] for number in program["map_ids"]}
     both = {"rules", "settings", "rule_stats", "fragments"}
-    kernel_path = {"kernel_outputs", "rule_outputs", "output_stats", "fan_outs", "scratch"}
-    assert used == {*both, *kernel_path, "xsks"}
+    kernel_path = {"kernel_outputs", "output_stats", "bulks", "scratch"}
+    fan_outs = {"fan_outs", "fan_out_outputs", "fan_out_relayed"}
+    assert used == {*both, *kernel_path, *fan_outs, "xsks", "hands"}
 
 
 # Attaching
