@@ -16,13 +16,13 @@ from threading import Event
 
 import pytest
 
-from bench.traffic import Streams, Traffic
+from bench.streams import Streams
+from bench.traffic import Programs, Traffic
 from mcr.maps import Maps
 from tests.netns.flows import Report, config, dropped, stats, status, wait_until
 from tests.netns.lab import Lab, Namespace
 from tests.netns.test_kernel_path import Network, fan_out
 
-GENERATOR_CPU = 0
 RULES = ("a", "b", "c")
 Rule = tuple[str, str, list[str]]
 SOAK = pytest.mark.soak
@@ -43,9 +43,14 @@ class Flood:
     streams: Streams
     pool: ThreadPoolExecutor
 
+    def count_at_sink(self, streams: Streams) -> None:
+        """From now on, by XDP, which sees frames and the stack's packets alike."""
+        self.traffic.expect("eth0", streams, frames=True)
+        self.traffic.begin_trial(("eth0",))
+
     def send(self, count: int, rate_pps: float = 0) -> None:
         """Sends count packets, alternating among the streams."""
-        self.traffic.send("eth0", self.streams, count, rate_pps, GENERATOR_CPU)
+        self.traffic.send(("eth0",), self.streams, count, rate_pps)
 
     def taken(self) -> int:
         """How many packets the relay's end of the veth took: its queue may be full on a busy machine."""
@@ -79,7 +84,11 @@ def supervise(lab: Lab, network: Network, wanted: list[Rule], path: str, ingress
 def flood(lab: Lab, network: Network, streams: int = 3) -> Iterator[Flood]:
     """Streams to 239.1.0.1, ports 5000 and up, from the source; the sinks are for the caller to attach."""
     wanted = Streams("239.1.0.1", 5000, streams, 200)
-    with Traffic(lab, network.src, network.sinks[0]) as traffic, ThreadPoolExecutor(1) as pool:
+    with (
+        Programs() as programs,
+        Traffic(programs, lab, network.src, network.sinks[0]) as traffic,
+        ThreadPoolExecutor(1) as pool,
+    ):
         yield Flood(lab, network.src, traffic, wanted, pool)
 
 
@@ -194,7 +203,7 @@ def test_rules_with_one_output_and_with_several_share_interfaces(lab: Lab) -> No
     one, many = ["239.2.0.1%out0:7000"], ["239.2.0.1%out0:7001", "239.2.0.2%out1:7001"]
     supervise(lab, network, rules(one, many), "kernel")
     with flood(lab, network, 2) as source:
-        source.traffic.expect("eth0", Streams("239.2.0.1", 7000, 2, 200))
+        source.count_at_sink(Streams("239.2.0.1", 7000, 2, 200))
         source.send(200_000)
         (arrived,) = source.traffic.settle(("eth0",), source.taken())
     rows = check(lab, network.relay)
@@ -218,7 +227,7 @@ def test_a_rule_that_changes_its_way_under_traffic_stays_accounted_for(lab: Lab)
         ("worker", one),
     ]
     with flood(lab, network, 1) as source:
-        source.traffic.expect("eth0", Streams("239.2.0.1", 7000, 1, 200))
+        source.count_at_sink(Streams("239.2.0.1", 7000, 1, 200))
         with source.meanwhile(50_000):
             for way, outputs in [*ways, ("kernel", one)]:
                 path.write_text(config(*rules(outputs), attach=INGRESSES["native"], path=way))
