@@ -4,6 +4,8 @@ import json
 import os
 import signal
 
+from mcr._bpf import lib
+
 from tests.netns.flows import (
     GROUP_HEARD,
     GROUP_IN,
@@ -110,7 +112,7 @@ def test_another_layout_is_refused_with_both_versions_unless_it_is_replaced(lab:
     )
     refused = lab.mcr(topology.relay, "run", check=False)
     assert refused.returncode == 1
-    assert "layout version 99, and this MCR has 2" in refused.stderr
+    assert f"layout version 99, and this MCR has {lib.MCR_ABI_VERSION}" in refused.stderr
     assert "--replace" in refused.stderr
     assert "xdp" in lab.ip(topology.relay, "link show in0")
     last = lab.supervisor(topology.relay, "--replace", config=config(CAM))
