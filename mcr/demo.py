@@ -259,7 +259,8 @@ def _describe(sink: Row, digest: str) -> str:
 
 def _start_relay(stage: Stage) -> ControlClient:
     client = stage.start_supervisor()
-    interface, membership = client.call("status")
+    status = {row["object"]: row for row in client.call("status")}
+    interface, membership = status["interface"], status["membership"]
     if interface["state"] != "attached":
         raise McrError(f"in0 is not attached: {interface['reason']}", "see what it has: ip -d link")
     rule = client.call("rule.show")[0]
