@@ -28,6 +28,7 @@ from mcr import firewall, procfs
 from mcr._bpf import ffi, lib
 from mcr.errors import ExitStatus, McrError
 from mcr.loader import BPFFS
+from mcr.privileges import ALWAYS, AS_ROOT, LOCK
 from mcr.reasons import JOIN_LIMITS
 
 Answer: TypeAlias = Literal["yes", "no", "can't tell"]
@@ -44,19 +45,7 @@ POOL_BYTES = 64 << 20  # the largest frame pool, 32 MiB, and io_uring's and the 
 # `r0 = XDP_PASS; exit` (linux/bpf.h)
 PASS_PROGRAM = bytes.fromhex("b7000000020000009500000000000000")
 
-CAPABILITIES = {  # linux/capability.h
-    "CAP_KILL": 5,
-    "CAP_SETGID": 6,
-    "CAP_SETUID": 7,
-    "CAP_NET_ADMIN": 12,
-    "CAP_NET_RAW": 13,
-    "CAP_IPC_LOCK": 14,
-    "CAP_SYS_ADMIN": 21,
-    "CAP_PERFMON": 38,
-    "CAP_BPF": 39,
-}
-NEEDED = ("CAP_BPF", "CAP_PERFMON", "CAP_NET_ADMIN", "CAP_NET_RAW")
-NEEDED_BY_ROOT = ("CAP_SETUID", "CAP_SETGID", "CAP_KILL")  # its workers become nobody
+CAP_SYS_ADMIN = 21  # linux/capability.h; it stands in for those that were split off it
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,8 +300,9 @@ def _held(pid: int) -> set[str] | None:
     mask = procfs.status(pid, "CapEff")
     if not mask:
         return None
-    held = {name for name, bit in CAPABILITIES.items() if int(mask, 16) >> bit & 1}
-    if "CAP_SYS_ADMIN" in held:
+    bits = int(mask, 16)
+    held = {each.name for each in (*ALWAYS, *AS_ROOT, LOCK) if bits >> each.number & 1}
+    if bits >> CAP_SYS_ADMIN & 1:
         held |= {"CAP_BPF", "CAP_PERFMON"}
     return held
 
@@ -323,12 +313,11 @@ def _capabilities(pid: int, supervisor: bool) -> Check:
     if held is None:
         remedy = "run mcr doctor as root"
         return Check("capabilities", "can't tell", f"/proc/{pid}/status cannot be read", remedy)
-    wanted = [*NEEDED]
-    if procfs.status(pid, "Uid").split()[1:2] == ["0"]:
-        wanted += NEEDED_BY_ROOT
-    missing = [name for name in wanted if name not in held]
+    root = procfs.status(pid, "Uid").split()[1:2] == ["0"]
+    wanted = (*ALWAYS, *AS_ROOT) if root else ALWAYS
+    missing = [f"{each.name} ({each.purpose})" for each in wanted if each.name not in held]
     if not missing:
-        return Check("capabilities", "yes", f"{who} has all of {', '.join(wanted)}")
+        return Check("capabilities", "yes", f"{who} has all of {', '.join(each.name for each in wanted)}")
     verb = "run the supervisor" if supervisor else "run mcr"
     remedy = f"{verb} as root, or give it them: setpriv, or AmbientCapabilities= of its unit"
     return Check("capabilities", "no", f"{who} lacks {', '.join(missing)}", remedy, True)
@@ -349,7 +338,7 @@ def _limit(pid: int, what: str, hard: bool) -> int | None:
 
 def _locked_memory(pid: int) -> Check:
     name, remedy = "locked memory", "raise it above 64 MiB (ulimit -l, LimitMEMLOCK=), or give CAP_IPC_LOCK"
-    if "CAP_IPC_LOCK" in (_held(pid) or ()):
+    if LOCK.name in (_held(pid) or ()):
         return Check(name, "yes", f"pid {pid} has CAP_IPC_LOCK: no limit")
     limit = _limit(pid, "Max locked memory", hard=False)
     if limit is None:
