@@ -30,12 +30,12 @@ from mcr.rule import (
     plan,
 )
 from mcr.stream import Address, check_interface_name, parse_address, parse_output, parse_port, parse_stream
+from mcr.toml_lines import KeyLines, KeyPath
 
 Mode: TypeAlias = Literal["auto", "native", "generic"]
 Ingress: TypeAlias = Literal["auto", "xsk", "packet"]
 ZeroCopy: TypeAlias = Literal["auto", "on", "off"]
 ControlRead: TypeAlias = Literal["group", "all"]
-KeyPath: TypeAlias = tuple[str | int, ...]
 
 MAX_FILE_BYTES = 4 * 1024 * 1024
 MAX_CPU = 8191  # NR_CPUS at most, linux/threads.h
@@ -175,7 +175,8 @@ def parse_rule(table: Mapping[str, object], place: Place = NOWHERE, *, temporary
     """The rule that a table of `name`, `from`, `to` and `path` describes, checked alone. Raises McrError."""
     _check_keys(table, _RULE_KEYS, place, "[[rule]]")
     name = _text(table, "name", place)
-    check_rule_name(name, place.under("name").where)
+    with _located(place.under("name")):
+        check_rule_name(name)
     source = _text(table, "from", place)
     with _located(place.under("from")):
         stream = parse_stream(source)
@@ -428,7 +429,7 @@ def _read(path: Path) -> tuple[dict[str, object], Place]:
         raise McrError("arrays or tables are nested too deeply", remedy, str(path)) from None
     except ValueError as error:
         raise McrError(f"TOML value: {error}", remedy, str(path)) from None
-    return table, Place(str(path), _key_lines(text))
+    return table, Place(str(path), KeyLines(text))
 
 
 def _read_text(path: Path) -> str:
@@ -466,104 +467,3 @@ def _syntax_error(message: str, text: str) -> tuple[str, int]:
     if numbers:
         return cause, int(numbers[1])
     return cause or message, text.count("\n", 0, len(text.rstrip())) + 1
-
-
-_TOKEN = re.compile(
-    r"""(?P<space> [ \t]+ | \#[^\n]* )
-      | (?P<newline> \n )
-      | (?P<string> \"{3} (?: \\. | [^\\] )*? \"{3,5} | '{3} .*? '{3,5} | " (?: \\. | [^"\\] )* " | '[^']*' )
-      | (?P<mark> [][{}=,.] )
-      | (?P<bare> [^][{}=,.\s\#"']+ )
-      | (?P<other> . )""",
-    re.VERBOSE | re.DOTALL,
-)
-
-
-@dataclass(slots=True)
-class _Scanner:
-    """Finds the line of each table, key and array element of a text that is known to be TOML.
-
-    tomllib gives no positions, and this gives nothing else: it knows strings, comments and brackets, no
-    values. What stands inside an inline table, or an array inside an array, is not looked into.
-    """
-
-    text: str
-    lines: dict[KeyPath, int] = field(default_factory=dict)
-    counts: dict[KeyPath, int] = field(default_factory=dict)
-    prefix: KeyPath = ()
-
-    def scan(self) -> dict[KeyPath, int]:
-        statement: list[tuple[str, str, int]] = []
-        depth = 0
-        line = 1
-        in_value = False
-        for match in _TOKEN.finditer(self.text):
-            kind, token = match.lastgroup or "", match[0]
-            if kind == "newline" and not (in_value and depth):
-                self._statement(statement)
-                statement, depth, in_value = [], 0, False
-            elif kind not in ("space", "newline"):
-                statement.append((kind, token, line))
-                in_value = in_value or token == "="
-                depth += (token in ("[", "{")) - (token in ("]", "}"))
-            line += token.count("\n")
-        self._statement(statement)
-        return self.lines
-
-    def _statement(self, tokens: Sequence[tuple[str, str, int]]) -> None:
-        """Takes the tokens of one table header or one key and its value."""
-        if not tokens:
-            return
-        if tokens[0][1] == "[":
-            self._header(tokens)
-        else:
-            self._key_and_value(tokens)
-
-    def _header(self, tokens: Sequence[tuple[str, str, int]]) -> None:
-        keys = _keys(tokens)
-        is_array = tokens[1][1] == "["
-        path: KeyPath = ()
-        for depth, key in enumerate(keys, 1):
-            path = (*path, key)
-            self.lines.setdefault(path, tokens[0][2])
-            if is_array and depth == len(keys):
-                self.counts[path] = self.counts.get(path, -1) + 1
-            if path in self.counts:
-                path = (*path, self.counts[path])
-                self.lines.setdefault(path, tokens[0][2])
-        self.prefix = path
-
-    def _key_and_value(self, tokens: Sequence[tuple[str, str, int]]) -> None:
-        equals = next(index for index, token in enumerate(tokens) if token[:2] == ("mark", "="))
-        path = self.prefix
-        for key in _keys(tokens[:equals]):
-            path = (*path, key)
-            self.lines.setdefault(path, tokens[0][2])
-        if tokens[equals + 1][:2] == ("mark", "["):
-            for index, line in enumerate(_element_lines(tokens[equals + 1 :])):
-                self.lines[(*path, index)] = line
-
-
-def _keys(tokens: Sequence[tuple[str, str, int]]) -> list[str]:
-    """The keys of a dotted key, with or without the brackets of a header."""
-    return [_key(token) for kind, token, _ in tokens if kind in ("bare", "string")]
-
-
-def _key(token: str) -> str:
-    return next(iter(tomllib.loads(f"{token} = 0"))) if token[0] in "\"'" else token
-
-
-def _element_lines(tokens: Sequence[tuple[str, str, int]]) -> Iterator[int]:
-    """The line of each element of an array, whose tokens begin with its `[`."""
-    depth = 0
-    fresh = False
-    for kind, token, line in tokens:
-        if fresh and token != "]":
-            yield line
-        mark = token if kind == "mark" else ""
-        fresh = (depth, mark) in ((0, "["), (1, ","))
-        depth += (mark in ("[", "{")) - (mark in ("]", "}"))
-
-
-def _key_lines(text: str) -> dict[KeyPath, int]:
-    return _Scanner(text).scan()

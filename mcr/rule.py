@@ -57,6 +57,10 @@ class Rule:
     origin: Origin | None = field(default=None, compare=False)
     temporary: bool = field(default=False, compare=False)
 
+    def __hash__(self) -> int:
+        """Of the name alone: hashing all of it takes long, and rules that are kept together differ in name."""
+        return hash(self.name)
+
 
 @dataclass(frozen=True, slots=True)
 class InterfaceFacts:
