@@ -333,6 +333,7 @@ class Realiser:
 
     def __init__(self) -> None:
         self._known: dict[str, _Realised] = {}
+        self._shared: dict[int, tuple[RuleSpec, RuleSpec]] = {}
 
     def realise(
         self,
@@ -356,7 +357,7 @@ class Realiser:
                 memberships.add(made.membership)
         self._known = known
         for spec in desired.interfaces.values():
-            _share_fan_outs(spec)
+            self._share_fan_outs(spec)
         desired.memberships = frozenset(memberships)
         return desired
 
@@ -392,18 +393,21 @@ class Realiser:
             *(rule, involved, attached, state.rule_id, output_ids), *(state, spec, outputs, membership)
         )
 
+    def _share_fan_outs(self, spec: InterfaceSpec) -> None:
+        """A rule with one output whose interface a rule with several uses too goes through a fan-out as well.
 
-def _share_fan_outs(spec: InterfaceSpec) -> None:
-    """A rule with one output whose interface a rule with several uses too goes through a fan-out as well.
-
-    The kernel runs on all frames of a bulk the egress program that the first one asked for (devmap.c,
-    bq_enqueue): packets with and without it must not come from one interface and leave by one.
-    """
-    fan_outs = (rule for rule in spec.rules.values() if rule.fan_out)
-    shared = {output.ifindex for rule in fan_outs for output in rule.kernel_outputs}
-    for rule_id, rule in spec.rules.items():
-        if not rule.fan_out and any(output.ifindex in shared for output in rule.kernel_outputs):
-            spec.rules[rule_id] = replace(rule, fan_out=True)
+        The kernel runs on all frames of a bulk the egress program that the first one asked for (devmap.c,
+        bq_enqueue): packets with and without it must not come from one interface and leave by one.
+        """
+        fan_outs = (rule for rule in spec.rules.values() if rule.fan_out)
+        shared = {output.ifindex for rule in fan_outs for output in rule.kernel_outputs}
+        for rule_id, rule in spec.rules.items():
+            if not rule.fan_out and any(output.ifindex in shared for output in rule.kernel_outputs):
+                own, through = self._shared.get(rule_id, (None, rule))
+                if own is not rule:
+                    through = replace(rule, fan_out=True)
+                    self._shared[rule_id] = rule, through
+                spec.rules[rule_id] = through
 
 
 def _involved(rule: Rule, facts: Mapping[str, InterfaceFacts]) -> tuple[InterfaceFacts | None, ...]:

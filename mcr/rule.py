@@ -58,7 +58,7 @@ class Rule:
     temporary: bool = field(default=False, compare=False)
 
     def __hash__(self) -> int:
-        """Of the name alone: hashing all of it takes long, and rules that are kept together differ in name."""
+        """Of the name alone: hashing all of it takes long, and rules that are together differ in name."""
         return hash(self.name)
 
 
