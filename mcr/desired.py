@@ -333,7 +333,7 @@ class Realiser:
 
     def __init__(self) -> None:
         self._known: dict[str, _Realised] = {}
-        self._shared: dict[int, tuple[RuleSpec, RuleSpec]] = {}
+        self._shared: dict[int, tuple[RuleSpec, RuleSpec]] = {}  # by rule_id: as realised, and with a fan-out
 
     def realise(
         self,
@@ -356,8 +356,10 @@ class Realiser:
             if made.membership is not None:
                 memberships.add(made.membership)
         self._known = known
+        shared: dict[int, tuple[RuleSpec, RuleSpec]] = {}
         for spec in desired.interfaces.values():
-            self._share_fan_outs(spec)
+            shared |= _share_fan_outs(spec, self._shared)
+        self._shared = shared
         desired.memberships = frozenset(memberships)
         return desired
 
@@ -393,21 +395,25 @@ class Realiser:
             *(rule, involved, attached, state.rule_id, output_ids), *(state, spec, outputs, membership)
         )
 
-    def _share_fan_outs(self, spec: InterfaceSpec) -> None:
-        """A rule with one output whose interface a rule with several uses too goes through a fan-out as well.
 
-        The kernel runs on all frames of a bulk the egress program that the first one asked for (devmap.c,
-        bq_enqueue): packets with and without it must not come from one interface and leave by one.
-        """
-        fan_outs = (rule for rule in spec.rules.values() if rule.fan_out)
-        shared = {output.ifindex for rule in fan_outs for output in rule.kernel_outputs}
-        for rule_id, rule in spec.rules.items():
-            if not rule.fan_out and any(output.ifindex in shared for output in rule.kernel_outputs):
-                own, through = self._shared.get(rule_id, (None, rule))
-                if own is not rule:
-                    through = replace(rule, fan_out=True)
-                    self._shared[rule_id] = rule, through
-                spec.rules[rule_id] = through
+def _share_fan_outs(
+    spec: InterfaceSpec, before: Mapping[int, tuple[RuleSpec, RuleSpec]]
+) -> dict[int, tuple[RuleSpec, RuleSpec]]:
+    """A rule with one output whose interface a rule with several uses too goes through a fan-out as well.
+
+    The kernel runs on all frames of a bulk the egress program that the first one asked for (devmap.c,
+    bq_enqueue): packets with and without it must not come from one interface and leave by one. before: what
+    this returned the last time.
+    """
+    fan_outs = (rule for rule in spec.rules.values() if rule.fan_out)
+    interfaces = {output.ifindex for rule in fan_outs for output in rule.kernel_outputs}
+    changed = {}
+    for rule_id, rule in spec.rules.items():
+        if not rule.fan_out and any(output.ifindex in interfaces for output in rule.kernel_outputs):
+            old = before.get(rule_id)
+            changed[rule_id] = old if old and old[0] is rule else (rule, replace(rule, fan_out=True))
+    spec.rules.update((rule_id, shared) for rule_id, (_, shared) in changed.items())
+    return changed
 
 
 def _involved(rule: Rule, facts: Mapping[str, InterfaceFacts]) -> tuple[InterfaceFacts | None, ...]:

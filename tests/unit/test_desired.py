@@ -128,8 +128,7 @@ def test_a_kernel_path_rule_has_its_outputs_in_the_map_and_none_at_the_worker() 
     state = desired.rules["cam"]
     assert (state.path, state.reason, state.pending) == ("kernel", "nothing stands against it", "")
     assert state.outputs == tuple(OutputState(parse_output(text), n) for n, text in enumerate(outputs, 1))
-    names = {name for name, _ in ffi.typeof("struct mcr_kernel_output").fields}
-    assert set(first.fields()) == names - {"bulk"}  # which only the maps know
+    assert {*first.fields(), "bulk"} == {name for name, _ in ffi.typeof("struct mcr_kernel_output").fields}
     ffi.new("struct mcr_kernel_output *", second.fields())
 
 
@@ -318,6 +317,23 @@ def test_cpus_are_taken_in_turn_across_all_threads() -> None:
     assert share_cpus((), 2, 2) == [(), ()]
     assert share_cpus((3,), 2, 2) == [(3, 3), (3, 3)]
     assert share_cpus((4, 0, 1), 2, 2) == [(4, 0), (1, 4)]
+
+
+def test_one_output_beside_a_fan_out_on_its_interface_goes_through_a_fan_out_too() -> None:
+    rules = [
+        make("one", "239.1.1.1%in0:5000", "239.2.0.1%out0:6000"),
+        make("apart", "239.1.1.2%in0:5000", "239.2.0.2%out1:6000"),
+        make("worker", "239.1.1.3%in0:5000", "10.2.0.2:6000"),
+    ]
+    ids = Ids()
+    ids.assign(rules)
+    alone = realise(rules, ATTACHED, INTERFACES, ids).interfaces["in0"].rules
+    assert not any(rule.fan_out for rule in alone.values())
+    rules.append(make("many", "239.1.1.4%in0:5000", "239.2.0.4%out0:6000", "239.2.0.4%out1:6000"))
+    ids.assign(rules)
+    specs = realise(rules, ATTACHED, INTERFACES, ids).interfaces["in0"].rules
+    marked = {name for name, rule_id in ids.rules.items() if specs[rule_id].fan_out}
+    assert marked == {"one", "apart", "many"}
 
 
 def test_a_realiser_remembers_but_never_what_is_no_longer_so() -> None:
