@@ -220,6 +220,11 @@ class Relay:
         with self._open(name) as fd:
             assert lib.bpf_map_update_elem(fd, ffi.new("__u32 *", index), value, 0) == 0
 
+    def put(self, name: str, key: Any, value: int) -> None:
+        """An entry of a hash map of numbers."""
+        with self._open(name) as fd:
+            assert lib.bpf_map_update_elem(fd, key, ffi.new("__u32 *", value), 0) == 0
+
     def packets_of_cpu(self, rule_id: int) -> list[int]:
         """The packets that each CPU has counted for the rule; the index is the CPU."""
         per_cpu = ffi.new("struct mcr_rule_stats[]", lib.libbpf_num_possible_cpus())

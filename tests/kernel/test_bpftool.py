@@ -5,6 +5,7 @@ import subprocess
 from typing import Any
 
 import pytest
+from mcr._bpf import ffi
 
 from mcr.loader import MAP_NAMES, pin_dir
 from mcr.stream import Stream
@@ -20,11 +21,16 @@ FIELDS = {
     "worker_counters": {"frames_fill", "frames_free", "batches", "packets", "waits"},
     "rule_latency": {"count", "sum_ns", "max_ns", "buckets"},
     "kernel_outputs": {"ifindex", "mtu", "ttl", "mac_destination", "saddr", "daddr"},
-    "rule_outputs": {"count", "output_ids"},
-    "egress_outputs": {"rule_id", "ifindex"},
+    "fan_out_outputs": {"count", "output_ids"},
+    "egress_outputs": {"fan_out", "ifindex"},
+    "fan_out_relayed": {"key", "value"},
+    "egress_devices": {"lost", "bulk"},
+    "bulks": {"count", "frames"},
+    "settled_rules": {"relayed_packets", "dropped"},
+    "settled_outputs": {"sent_packets", "dropped"},
+    "hands": {"rule_id", "output_id"},
     "output_stats": {"sent_packets", "sent_bytes", "dropped"},
     "fragments": {"identification", "saddr", "daddr"},
-    "redirect_losses": {"dropped", "by_program"},
     "tap": {"deadline_ns", "limit", "taken", "lost", "rule_id", "key"},
     "tap_reports": {"number", "wanted", "event", "time_ns", "output_id", "verdict"},
 }
@@ -64,12 +70,12 @@ def test_every_pinned_map_is_in_the_tables_here() -> None:
 def test_a_map_is_dumped_with_the_names_of_its_fields(relay: Relay, name: str) -> None:
     relay.add_rule(7, Stream(GROUP, PORT, "in0"))
     relay.run(datagram4(b"abc", fragment_field=MORE_FRAGMENTS))
-    relay.maps.set_egress(7, relay.other_ifindex, 9)
-    relay.maps.count_redirects(relay.other_ifindex)
+    relay.put("egress_outputs", ffi.new("struct mcr_egress_key *", [1, relay.other_ifindex]), 9)
+    relay.maps.set_egress_device(relay.other_ifindex, 1)
     try:
         entries = dump(relay, name)
     finally:
-        relay.maps.delete_egress(7, relay.other_ifindex)
+        relay.maps.delete_egress_device(relay.other_ifindex)
     assert names([entry["formatted"] for entry in entries]) >= FIELDS[name]
 
 

@@ -121,7 +121,9 @@ def test_a_kernel_path_rule_has_its_outputs_in_the_map_and_none_at_the_worker() 
         saddr=mapped("10.0.0.9"), daddr=mapped("239.2.2.3"),
     )  # fmt: skip
     assert spec.rules == {
-        1: RuleSpec(1, key(CAM), 1522, kernel=True, generic=False, kernel_outputs=(first, second), fan_out=True)
+        1: RuleSpec(
+            1, key(CAM), 1522, kernel=True, generic=False, kernel_outputs=(first, second), fan_out=True
+        )
     }
     state = desired.rules["cam"]
     assert (state.path, state.reason, state.pending) == ("kernel", "nothing stands against it", "")
