@@ -34,6 +34,10 @@ enum mcr_limit {
 	MCR_LATENCY_STEP_BITS = 3,  /* 2^3 buckets for each octave */
 	MCR_LATENCY_BUCKETS = 185,  /* 1 + 23 octaves: up to 4.3 s */
 	MCR_MAX_VLAN_TAGS = 2,
+	MCR_TAP_RING_PAGES = 512,   /* of the events of a trace or capture, for each instance */
+	MCR_TAP_BYTES = 9216,	    /* of one packet that a capture can take: beyond every jumbo frame */
+	MCR_TAP_REPORTS = 4096,	    /* of workers, that the supervisor has not read yet */
+	MCR_TAP_WORKER_CPU = 65535, /* in an event: a worker tells it, not a BPF program */
 	MCR_MAX_IPV6_EXTENSIONS = 6,
 };
 
@@ -77,6 +81,7 @@ enum mcr_setting {
 	MCR_HAS_ANY_PORT = 2,	 /* some rule has a port and any source */
 	MCR_HAS_SOURCE_STAR = 4, /* some rule has a source and any port */
 	MCR_HAS_ANY_STAR = 8,	 /* some rule has any source and any port */
+	MCR_TRACING = 16,	 /* a trace or a capture is running */
 };
 
 struct mcr_settings {
@@ -171,6 +176,7 @@ struct mcr_bulk {
 enum mcr_metadata_flag {
 	MCR_METADATA_LATER_FRAGMENT = 1, /* no UDP header follows the IP header */
 	MCR_METADATA_PARTIAL = 2,	 /* the UDP checksum is only the pseudo header's sum */
+	MCR_METADATA_TRACED = 4,	 /* whoever handles the packet tells what becomes of it */
 };
 
 /* Written by XDP in front of the frame; the worker, and the egress program, read it and not the headers. */
@@ -255,6 +261,60 @@ struct mcr_worker_counters {
 	__u64 pipe_bytes;	 /* of each pipe to an egress thread, as the kernel granted it; 0 without */
 };
 
+/* The one trace or capture that may run: which packets, how many, and what it found. */
+struct mcr_tap {
+	__u64 deadline_ns;  /* CLOCK_MONOTONIC; after it nothing is told, should nobody have ended it */
+	__u64 limit;	    /* packets */
+	__u64 taken;	    /* packets, counted by XDP; CPUs side by side may pass the limit by one each */
+	__u64 lost;	    /* events that found the ring full */
+	__u32 rule_id;	    /* of the packets wanted; 0 takes the key instead */
+	__u32 bytes_before; /* of each packet, as it arrived, that go with its event */
+	__u32 bytes_after;  /* of each packet, as an output sent it, that go with that event */
+	struct mcr_rule_key key; /* zero is any, but for ifindex and daddr */
+};
+
+enum mcr_tap_verdict {
+	MCR_TAP_PASSED = 0,    /* to the stack: no rule wants it */
+	MCR_TAP_DROPPED = 1,   /* reason: enum mcr_drop_reason */
+	MCR_TAP_TO_WORKER = 2, /* the worker's events say what became of it */
+	MCR_TAP_RELAYED = 3,   /* kernel path: the outputs' events say what became of it */
+	MCR_TAP_SENT = 4,      /* by an output, which is all that the two below are about */
+	MCR_TAP_NOT_SENT = 5,  /* reason: enum mcr_output_drop_reason */
+};
+
+/*
+ * What became of a packet, or of its copy for one output; `captured` bytes of it follow. All events of a packet
+ * have its time_ns, which no two packets share: the low 6 bits of it are the CPU's number.
+ */
+struct mcr_tap_event {
+	__u64 time_ns; /* CLOCK_MONOTONIC at the XDP hook */
+	__u64 done_ns; /* CLOCK_MONOTONIC of what is told */
+	struct mcr_rule_key key;
+	__u32 rule_id;	 /* 0: no rule */
+	__u32 output_id; /* 0: the packet itself, as it arrived */
+	__u32 queue;
+	__u32 cpu;
+	__u32 length; /* of the frame */
+	__u32 captured;
+	__u32 error;	       /* errno of a send */
+	__u16 segment;	       /* bytes of payload of each datagram, where the frame holds several */
+	__u16 checksum_offset; /* of a UDP header whose checksum is partial, or 0 */
+	__u8 verdict;	       /* enum mcr_tap_verdict */
+	__u8 reason;
+	__u8 ttl;
+	__u8 tos;
+};
+
+/*
+ * What workers tell of marked packets, in a ring of slots 1 .. MCR_TAP_REPORTS - 1. A writer takes the next number by
+ * adding to slot 0's, and its slot is valid once it bears that number; nobody waits for the reader.
+ */
+struct mcr_tap_report {
+	__u64 number; /* from 1 on; 0 while it is being written; of slot 0: the last one taken */
+	__u64 wanted; /* of slot 0: set by the supervisor while a trace runs */
+	struct mcr_tap_event event;
+};
+
 enum mcr_ingress {
 	MCR_INGRESS_XSK = 1,
 	MCR_INGRESS_PACKET = 2,
@@ -269,7 +329,7 @@ enum mcr_zero_copy {
 /* From the supervisor to a worker, one message each. Every command is acknowledged. */
 enum mcr_command_type {
 	MCR_SETUP =
-		1, /* first and once; descriptors: rule, output, worker counters, latency [, AF_PACKET socket] */
+		1, /* first and once; descriptors: rule, output, worker counters, latency, reports [, AF_PACKET socket] */
 	MCR_ADD_OUTPUT = 2, /* adds or replaces; descriptor: the UDP socket */
 	MCR_DEL_OUTPUT = 3,
 	MCR_SET_RULE = 4, /* adds or replaces; its outputs must be known */
@@ -358,6 +418,8 @@ _Static_assert(sizeof(struct mcr_rule_stats) == 152, "struct mcr_rule_stats");
 _Static_assert(sizeof(struct mcr_rule_counters) == 144, "struct mcr_rule_counters");
 _Static_assert(sizeof(struct mcr_output_counters) == 112, "struct mcr_output_counters");
 _Static_assert(sizeof(struct mcr_worker_counters) == 88, "struct mcr_worker_counters");
+_Static_assert(sizeof(struct mcr_tap) == 88, "struct mcr_tap");
+_Static_assert(sizeof(struct mcr_tap_event) == 96, "struct mcr_tap_event");
 _Static_assert(sizeof(struct mcr_command) == 320, "struct mcr_command");
 _Static_assert(sizeof(struct mcr_reply) == 128, "struct mcr_reply");
 

@@ -7,13 +7,19 @@
  * A packet that no rule wants is passed to the stack, byte for byte untouched. A packet that a rule
  * wants is never passed: it is redirected, or dropped and counted with exactly one reason.
  *
- * Compiled by BCC, which rewrites map.lookup() and the like in this file only.
+ * Compiled by BCC, which rewrites map.lookup() and the like in this file only. It is compiled a second time, with
+ * MCR_TRACED set, when the first trace or capture begins: the programs of that time tell what they do, and take
+ * over from these while it runs. Without one, a packet costs one more test of a word that is at hand.
  */
 #include <uapi/linux/bpf.h>
 #include <asm-generic/errno.h>
 #include "relay_abi.h"
 #include "relay_parse.h"
 #include "relay_rewrite.h"
+
+#ifndef MCR_TRACED
+#define MCR_TRACED 0
+#endif
 
 /* What to relay: an input stream and its rule. */
 BPF_TABLE("hash", struct mcr_rule_key, struct mcr_rule_value, rules, MCR_MAX_RULES);
@@ -61,11 +67,28 @@ struct checksum_scratch {
 };
 BPF_TABLE("percpu_array", u32, struct checksum_scratch, scratch, 1);
 
+/* A trace or capture: its programs, what it wants, and what they and the workers tell. */
+BPF_PROG_ARRAY(traced, 2);
+BPF_PROG_ARRAY(traced_egress, 1);
+enum { TRACED_BEGIN = 0, TRACED_RELAY = 1 };
+BPF_TABLE("array", u32, struct mcr_tap, tap, 1);
+BPF_RINGBUF_OUTPUT(tap_events, MCR_TAP_RING_PAGES);
+BPF_F_TABLE("array", u32, struct mcr_tap_report, tap_reports, MCR_TAP_REPORTS, BPF_F_MMAPABLE);
+
+/*
+ * What the functions below return: an enum xdp_action, and in a trace above it the reason plus one of a rule's
+ * drop, from which the trace learns what became of the packet. The kernel is told the action alone.
+ */
+enum { VERDICT_ACTION = 0xff, VERDICT_REASON = 8 };
+
 /* BCC's own redirect_map() wants the map's name; this takes a map that was looked up. */
 static long (*redirect_to)(void *map, u64 key, u64 flags) = (void *)BPF_FUNC_redirect_map;
 
-/* Lookups that no rule needs are skipped: the usual packet costs one. */
-static __always_inline struct mcr_rule_value *find_rule(const struct mcr_packet *packet)
+/*
+ * Lookups that no rule needs are skipped: the usual packet costs one. While a trace runs, mcr_relay hands over
+ * here to the programs that do the same and more.
+ */
+static __always_inline struct mcr_rule_value *find_rule(struct xdp_md *ctx, const struct mcr_packet *packet)
 {
 	struct mcr_rule_value *rule = NULL;
 	struct mcr_settings *wanted;
@@ -75,6 +98,8 @@ static __always_inline struct mcr_rule_value *find_rule(const struct mcr_packet 
 	wanted = settings.lookup(&zero);
 	if (!wanted)
 		return NULL;
+	if (!MCR_TRACED && wanted->lookups & MCR_TRACING)
+		traced.call(ctx, TRACED_BEGIN); /* comes back only if there is no such program */
 	if (wanted->lookups & MCR_HAS_SOURCE_PORT) {
 		mcr_widen_key(&key, packet, 0);
 		rule = rules.lookup(&key);
@@ -104,7 +129,7 @@ static __always_inline int drop(struct mcr_rule_stats *stats, u32 reason)
 {
 	if (reason < MCR_DROP_REASONS)
 		stats->dropped[reason]++;
-	return XDP_DROP;
+	return XDP_DROP | (MCR_TRACED ? (reason + 1) << VERDICT_REASON : 0);
 }
 
 static __always_inline void drop_output(u32 output_id, u32 reason)
@@ -172,6 +197,102 @@ static __always_inline int leave_metadata(struct xdp_md *ctx, const struct mcr_m
 	*metadata = *values;
 	return 0;
 }
+
+/* --- what a trace or capture is told */
+
+/* In front of a marked clone: the egress program has to know which packet it tells of. */
+struct traced_metadata {
+	struct mcr_metadata metadata;
+	u64 traced_ns;
+};
+
+#if MCR_TRACED
+struct tap_scratch {
+	struct mcr_tap_event event;
+	u8 bytes[MCR_TAP_BYTES];
+};
+/* One for the packet, whose fate is known last, and one for its outputs. */
+BPF_TABLE("percpu_array", u32, struct tap_scratch, tap_scratches, 2);
+enum { TAP_PACKET = 0, TAP_OUTPUT = 1 };
+
+/* Into the ring, without waking anybody: the supervisor looks by itself. */
+static __always_inline void tap_tell(struct tap_scratch *told, u64 captured)
+{
+	u32 zero = 0;
+	struct mcr_tap *wanted;
+
+	if (captured > MCR_TAP_BYTES)
+		return;
+	told->event.captured = captured;
+	if (!tap_events.ringbuf_output(told, sizeof(told->event) + captured, BPF_RB_NO_WAKEUP))
+		return;
+	wanted = tap.lookup(&zero);
+	if (wanted)
+		__sync_fetch_and_add(&wanted->lost, 1);
+}
+
+/* Takes up to `wanted` bytes of the frame as it is now. Returns how many. */
+static __always_inline u64 tap_take(struct xdp_md *ctx, struct tap_scratch *told, u64 wanted)
+{
+	u64 length = bpf_xdp_get_buff_len(ctx), captured = wanted < length ? wanted : length;
+
+	told->event.length = length;
+	if (captured > MCR_TAP_BYTES)
+		captured = MCR_TAP_BYTES;
+	asm volatile("" : "+r"(captured)); /* the verifier understands one bound at a time */
+	if (!captured || bpf_xdp_load_bytes(ctx, 0, told->bytes, captured))
+		return 0;
+	return captured;
+}
+
+/* What became of a marked packet at one output; reason: enum mcr_output_drop_reason or MCR_REWRITTEN. */
+static __always_inline void tap_output(struct xdp_md *ctx, const struct mcr_metadata *metadata, u64 traced_ns,
+				       u32 output_id, const struct mcr_kernel_output *output, int reason)
+{
+	u32 zero = 0, index = TAP_OUTPUT;
+	u64 captured = 0;
+	struct tap_scratch *told = tap_scratches.lookup(&index);
+	struct mcr_tap *wanted = tap.lookup(&zero);
+
+	if (!told || !wanted)
+		return;
+	__builtin_memset(&told->event, 0, sizeof(told->event));
+	told->event.time_ns = traced_ns;
+	told->event.done_ns = bpf_ktime_get_ns();
+	told->event.key.ifindex = output->ifindex;
+	told->event.rule_id = metadata->rule_id;
+	told->event.output_id = output_id;
+	told->event.cpu = bpf_get_smp_processor_id();
+	if (metadata->flags & MCR_METADATA_PARTIAL)
+		told->event.checksum_offset = metadata->payload_offset - MCR_UDP_LENGTH -
+					      metadata->ip_offset + MCR_ETHERNET_LENGTH +
+					      (output->vlan ? MCR_VLAN_LENGTH : 0);
+	told->event.verdict = reason == MCR_REWRITTEN ? MCR_TAP_SENT : MCR_TAP_NOT_SENT;
+	told->event.reason = reason == MCR_REWRITTEN ? 0 : reason;
+	if (reason == MCR_REWRITTEN)
+		captured = tap_take(ctx, told, wanted->bytes_after);
+	tap_tell(told, captured);
+}
+
+static __always_inline int leave_traced_metadata(struct xdp_md *ctx, const struct mcr_metadata *values,
+						 u64 traced_ns)
+{
+	struct traced_metadata *left;
+	int before = (long)ctx->data - (long)ctx->data_meta;
+
+	if (bpf_xdp_adjust_meta(ctx, before - (int)sizeof(*left)))
+		return -1;
+	left = (void *)(long)ctx->data_meta;
+	if ((void *)(left + 1) > (void *)(long)ctx->data)
+		return -1;
+	left->metadata = *values;
+	left->traced_ns = traced_ns;
+	return 0;
+}
+#else
+#define tap_output(ctx, metadata, traced_ns, output_id, output, reason) ((void)0)
+#define leave_traced_metadata(ctx, values, traced_ns) -1
+#endif
 
 /* --- the worker path */
 
@@ -341,7 +462,7 @@ static __always_inline void count_generic(u32 output_id, u16 payload_length)
  */
 static __always_inline int relay_to_one(struct xdp_md *ctx, struct mcr_rule_stats *stats,
 					struct mcr_rule_value *rule, const struct mcr_packet *packet,
-					const struct mcr_metadata *metadata)
+					const struct mcr_metadata *metadata, u64 traced_ns)
 {
 	u32 output_id = rule->output_id, fan_out = rule->fan_out;
 	struct mcr_kernel_output *output = kernel_outputs.lookup(&output_id);
@@ -356,6 +477,8 @@ static __always_inline int relay_to_one(struct xdp_md *ctx, struct mcr_rule_stat
 	reason = mcr_admit(output, packet->ttl, packet->ip_length);
 	if (reason == MCR_REWRITTEN && (strip_metadata(ctx) || rewrite(ctx, metadata, output)))
 		reason = MCR_OUTPUT_DROP_SEND_ERROR;
+	if (traced_ns)
+		tap_output(ctx, metadata, traced_ns, output_id, output, reason);
 	if (reason != MCR_REWRITTEN) {
 		drop_output(output_id, reason);
 		return XDP_DROP;
@@ -377,7 +500,8 @@ static __always_inline int relay_to_one(struct xdp_md *ctx, struct mcr_rule_stat
  * The kernel leaves out, without a word, every device whose MTU the frame exceeds by more than its slack for
  * a VLAN tag. Those outputs' drops are counted here; the egress program counts the rest.
  */
-static __always_inline void count_left_out(u32 fan_out, u32 frame_length)
+static __always_inline void count_left_out(struct xdp_md *ctx, const struct mcr_metadata *metadata,
+					   u32 fan_out, u32 frame_length, u64 traced_ns)
 {
 	struct mcr_fan_out *all = fan_out_outputs.lookup(&fan_out);
 
@@ -391,14 +515,17 @@ static __always_inline void count_left_out(u32 fan_out, u32 frame_length)
 			break;
 		output_id = all->output_ids[i];
 		output = kernel_outputs.lookup(&output_id);
-		if (output && frame_length > output->mtu + MCR_ETHERNET_LENGTH + MCR_VLAN_LENGTH)
-			drop_output(output_id, MCR_OUTPUT_DROP_TOO_LARGE);
+		if (!output || frame_length <= output->mtu + MCR_ETHERNET_LENGTH + MCR_VLAN_LENGTH)
+			continue;
+		drop_output(output_id, MCR_OUTPUT_DROP_TOO_LARGE);
+		if (traced_ns)
+			tap_output(ctx, metadata, traced_ns, output_id, output, MCR_OUTPUT_DROP_TOO_LARGE);
 	}
 }
 
 static __always_inline int relay_to_many(struct xdp_md *ctx, struct mcr_rule_stats *stats,
 					 struct mcr_rule_value *rule, u32 frame_length,
-					 const struct mcr_metadata *metadata)
+					 const struct mcr_metadata *metadata, u64 traced_ns)
 {
 	u32 fan_out = rule->fan_out;
 	void *devices = fan_outs.lookup(&fan_out);
@@ -409,29 +536,30 @@ static __always_inline int relay_to_many(struct xdp_md *ctx, struct mcr_rule_sta
 	if (bpf_xdp_get_buff_len(ctx) != ctx->data_end - ctx->data)
 		return drop(stats,
 			    MCR_DROP_OVERSIZE); /* the kernel cannot clone a frame of several buffers */
-	if (leave_metadata(ctx, metadata))
+	if (traced_ns ? leave_traced_metadata(ctx, metadata, traced_ns) : leave_metadata(ctx, metadata))
 		return drop(stats, MCR_DROP_NO_METADATA);
 	stats->relayed_packets++;
 	stats->relayed_bytes += metadata->payload_length;
 	*relayed += 1;
 	if (frame_length > rule->smallest_mtu + MCR_ETHERNET_LENGTH + MCR_VLAN_LENGTH)
-		count_left_out(fan_out, frame_length);
+		count_left_out(ctx, metadata, fan_out, frame_length, traced_ns);
 	return redirect_to(devices, 0, BPF_F_BROADCAST);
 }
 
 static __always_inline int relay_in_kernel(struct xdp_md *ctx, struct mcr_rule_stats *stats,
 					   struct mcr_rule_value *rule, const struct mcr_packet *packet,
-					   u32 frame_length, bool later_fragment)
+					   u32 frame_length, bool later_fragment, u64 traced_ns)
 {
 	struct mcr_metadata metadata;
-	u16 flags = later_fragment ? MCR_METADATA_LATER_FRAGMENT : 0;
+	u16 flags = (later_fragment ? MCR_METADATA_LATER_FRAGMENT : 0) |
+		    (traced_ns ? MCR_METADATA_TRACED : 0);
 
 	if (!later_fragment && settle_checksum(ctx, packet, rule, &flags))
 		return drop(stats, MCR_DROP_BAD_CHECKSUM);
 	fill_metadata(&metadata, packet, rule->rule_id, flags, rule->fan_out); /* nobody asks for the time */
 	if (rule->output_id)
-		return relay_to_one(ctx, stats, rule, packet, &metadata);
-	return relay_to_many(ctx, stats, rule, frame_length, &metadata);
+		return relay_to_one(ctx, stats, rule, packet, &metadata, traced_ns);
+	return relay_to_many(ctx, stats, rule, frame_length, &metadata, traced_ns);
 }
 
 /* Runs on each clone, on its way out of one device. Where it drops one, mcr_devmap_xmit finds no trace of it. */
@@ -439,14 +567,23 @@ int mcr_egress(struct xdp_md *ctx)
 {
 	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
 	struct mcr_metadata *left = (void *)(long)ctx->data_meta, metadata;
+	struct traced_metadata *traced_left = (void *)left;
 	struct mcr_kernel_output *output;
 	struct mcr_egress_key key = {};
 	u32 output_id, *found;
 	int reason = MCR_OUTPUT_DROP_SEND_ERROR;
+	u64 traced_ns = 0;
 
 	if ((void *)(left + 1) > data)
 		return XDP_PASS; /* relay_to_one has rewritten and counted it */
 	metadata = *left;
+	if (MCR_TRACED) {
+		if ((void *)(traced_left + 1) > data)
+			return XDP_DROP;
+		traced_ns = traced_left->traced_ns;
+	} else if (metadata.flags & MCR_METADATA_TRACED) {
+		traced_egress.call(ctx, 0); /* its twin, compiled with MCR_TRACED */
+	}
 	key.fan_out = metadata.fan_out;
 	key.ifindex = ctx->egress_ifindex;
 	found = egress_outputs.lookup(&key);
@@ -459,12 +596,14 @@ int mcr_egress(struct xdp_md *ctx)
 	if (metadata.ip_offset > MCR_MAX_IP_OFFSET)
 		return XDP_DROP;
 	/* The next device must not take our metadata for its own. */
-	if (!bpf_xdp_adjust_meta(ctx, sizeof(metadata))) {
+	if (!bpf_xdp_adjust_meta(ctx, MCR_TRACED ? sizeof(*traced_left) : sizeof(metadata))) {
 		/* Frames of several buffers are not cloned. */
 		reason = mcr_admit(output, metadata.ttl, data_end - data - metadata.ip_offset);
 		if (reason == MCR_REWRITTEN && rewrite(ctx, &metadata, output))
 			reason = MCR_OUTPUT_DROP_SEND_ERROR;
 	}
+	if (traced_ns)
+		tap_output(ctx, &metadata, traced_ns, output_id, output, reason);
 	if (reason == MCR_REWRITTEN) {
 		log_frame(output->bulk, output_id, metadata.payload_length);
 		return XDP_PASS; /* in a devmap program: send */
@@ -717,27 +856,31 @@ static __always_inline int parse_frame(struct xdp_md *ctx, struct mcr_packet *pa
 	return parsed;
 }
 
-int mcr_relay(struct xdp_md *ctx)
+/* Whether the frame is of a stream that a rule could name. *packet is then complete but for its rule. */
+static __always_inline bool identify(struct xdp_md *ctx, struct mcr_packet *packet, bool *later_fragment)
+{
+	int parsed = parse_frame(ctx, packet);
+
+	if (parsed == MCR_PARSED_OTHER)
+		return false; /* not UDP, or cut off before its ports: no rule can name it */
+	packet->key.ifindex = ctx->ingress_ifindex;
+	*later_fragment = parsed == MCR_PARSED_LATER_FRAGMENT;
+	if (*later_fragment && follow_fragments(packet, true))
+		return false; /* its first fragment was not ours, or is yet to come */
+	return true;
+}
+
+/* From here a packet that has a rule is never passed. traced_ns: what a trace knows the packet by, or 0. */
+static __always_inline int relay(struct xdp_md *ctx, struct mcr_rule_value *rule, struct mcr_packet *packet,
+				 bool later_fragment, u64 traced_ns)
 {
 	struct mcr_metadata metadata;
 	struct mcr_rule_stats *stats;
-	struct mcr_rule_value *rule;
-	struct mcr_packet packet;
-	bool later_fragment;
 	u32 rule_id, frame_length;
-	int parsed;
 
-	parsed = parse_frame(ctx, &packet);
-	if (parsed == MCR_PARSED_OTHER)
-		return XDP_PASS; /* not UDP, or cut off before its ports: no rule can name it */
-	packet.key.ifindex = ctx->ingress_ifindex;
-	later_fragment = parsed == MCR_PARSED_LATER_FRAGMENT;
-	if (later_fragment && follow_fragments(&packet, true))
-		return XDP_PASS; /* its first fragment was not ours, or is yet to come */
-	rule = find_rule(&packet);
 	if (!rule) {
-		if (packet.drop_reason == MCR_DROP_FRAGMENT && !later_fragment)
-			forget_fragments(&packet);
+		if (packet->drop_reason == MCR_DROP_FRAGMENT && !later_fragment)
+			forget_fragments(packet);
 		return XDP_PASS;
 	}
 	rule_id = rule->rule_id;
@@ -745,20 +888,124 @@ int mcr_relay(struct xdp_md *ctx)
 	if (!stats)
 		return XDP_PASS; /* never so: a rule_id is below MCR_MAX_RULES */
 	stats->packets++;
-	stats->bytes += packet.payload_length;
+	stats->bytes += packet->payload_length;
 	/* Exact to a tick, for a fraction of the cost; only the worker path measures latency. */
 	stats->last_seen_ns = bpf_ktime_get_coarse_ns();
-	if (packet.drop_reason == MCR_DROP_FRAGMENT && !later_fragment)
-		follow_fragments(&packet, false);
-	if (packet.drop_reason != MCR_NO_DROP &&
-	    !(packet.drop_reason == MCR_DROP_FRAGMENT && rule->flags & MCR_RULE_KERNEL))
-		return drop(stats, packet.drop_reason);
-	frame_length = packet.ip_offset + packet.ip_length;
+	if (packet->drop_reason == MCR_DROP_FRAGMENT && !later_fragment)
+		follow_fragments(packet, false);
+	if (packet->drop_reason != MCR_NO_DROP &&
+	    !(packet->drop_reason == MCR_DROP_FRAGMENT && rule->flags & MCR_RULE_KERNEL))
+		return drop(stats, packet->drop_reason);
+	frame_length = packet->ip_offset + packet->ip_length;
 	if (frame_length > rule->frame_limit)
 		return drop(stats,
 			    MCR_DROP_OVERSIZE); /* merged by GRO, or too long for a frame of the pool */
 	if (rule->flags & MCR_RULE_KERNEL)
-		return relay_in_kernel(ctx, stats, rule, &packet, frame_length, later_fragment);
-	fill_metadata(&metadata, &packet, rule_id, 0, bpf_ktime_get_ns());
+		return relay_in_kernel(ctx, stats, rule, packet, frame_length, later_fragment, traced_ns);
+	fill_metadata(&metadata, packet, rule_id, traced_ns ? MCR_METADATA_TRACED : 0,
+		      traced_ns ? traced_ns : bpf_ktime_get_ns());
 	return relay_to_worker(ctx, stats, rule->xsk_base + ctx->rx_queue_index, &metadata);
 }
+
+#if !MCR_TRACED
+
+int mcr_relay(struct xdp_md *ctx)
+{
+	struct mcr_packet packet;
+	bool later_fragment;
+
+	if (!identify(ctx, &packet, &later_fragment))
+		return XDP_PASS;
+	return relay(ctx, find_rule(ctx, &packet), &packet, later_fragment, 0);
+}
+
+#else /* with a trace or capture running */
+
+/* Zero where the addresses are equal, or the wanted one is any. Without a branch, for the verifier's sake. */
+static __always_inline u32 tap_differs(const u8 address[16], const u8 wanted[16])
+{
+	const u32 *a = (const u32 *)address, *w = (const u32 *)wanted;
+	u32 any = w[0] | w[1] | w[2] | w[3];
+
+	return any ? (a[0] ^ w[0]) | (a[1] ^ w[1]) | (a[2] ^ w[2]) | (a[3] ^ w[3]) : 0;
+}
+
+static __always_inline bool tap_matches(const struct mcr_tap *wanted, const struct mcr_rule_key *key,
+					const struct mcr_rule_value *rule)
+{
+	u32 differs = (key->ifindex ^ wanted->key.ifindex) | tap_differs(key->daddr, wanted->key.daddr) |
+		      tap_differs(key->saddr, wanted->key.saddr);
+
+	if (wanted->rule_id)
+		return rule && rule->rule_id == wanted->rule_id;
+	if (wanted->key.dport)
+		differs |= key->dport ^ wanted->key.dport;
+	if (wanted->key.vlan)
+		differs |= key->vlan ^ wanted->key.vlan;
+	if (wanted->key.vlan_outer)
+		differs |= key->vlan_outer ^ wanted->key.vlan_outer;
+	return !differs;
+}
+
+/*
+ * The first of the two programs that take the place of mcr_relay while a trace or capture runs: it looks whether the
+ * packet is wanted, and notes what it is. They are two, and parse twice, for the verifier's limits.
+ */
+int mcr_trace_begin(struct xdp_md *ctx)
+{
+	u32 zero = 0, index = TAP_PACKET, cpu = bpf_get_smp_processor_id();
+	struct tap_scratch *told = tap_scratches.lookup(&index);
+	struct mcr_tap *wanted = tap.lookup(&zero);
+	u64 now_ns = bpf_ktime_get_ns();
+	struct mcr_rule_value *rule;
+	struct mcr_packet packet;
+	bool later_fragment;
+
+	if (!told || !wanted || !identify(ctx, &packet, &later_fragment))
+		return XDP_PASS;
+	__builtin_memset(&told->event, 0, sizeof(told->event));
+	rule = find_rule(ctx, &packet);
+	if (now_ns <= wanted->deadline_ns && wanted->taken < wanted->limit &&
+	    tap_matches(wanted, &packet.key, rule)) {
+		__sync_fetch_and_add(&wanted->taken, 1);
+		told->event.time_ns = (now_ns & ~63ULL) | (cpu & 63);
+		told->event.key = packet.key;
+		told->event.rule_id = rule ? rule->rule_id : 0;
+		told->event.queue = ctx->rx_queue_index;
+		told->event.cpu = cpu;
+		told->event.ttl = packet.ttl;
+		told->event.tos = packet.tos;
+		told->event.captured = tap_take(ctx, told, wanted->bytes_before);
+	}
+	traced.call(ctx, TRACED_RELAY);
+	return XDP_PASS; /* never so: the two are put in place together */
+}
+
+/* The second: mcr_relay, which marks the packet if it is wanted, and tells what became of it. */
+int mcr_relay_traced(struct xdp_md *ctx)
+{
+	u32 index = TAP_PACKET, reason;
+	struct tap_scratch *told = tap_scratches.lookup(&index);
+	struct mcr_rule_value *rule;
+	struct mcr_packet packet;
+	bool later_fragment;
+	int verdict;
+
+	if (!told || !identify(ctx, &packet, &later_fragment))
+		return XDP_PASS;
+	rule = find_rule(ctx, &packet);
+	verdict = relay(ctx, rule, &packet, later_fragment, told->event.time_ns);
+	if (!told->event.time_ns)
+		return verdict & VERDICT_ACTION;
+	told->event.done_ns = bpf_ktime_get_ns();
+	reason = verdict >> VERDICT_REASON;
+	told->event.reason = reason ? reason - 1 : 0;
+	if (reason)
+		told->event.verdict = MCR_TAP_DROPPED;
+	else if (rule && verdict != XDP_PASS)
+		told->event.verdict = rule->flags & MCR_RULE_KERNEL ? MCR_TAP_RELAYED : MCR_TAP_TO_WORKER;
+	tap_tell(told, told->event.captured);
+	return verdict & VERDICT_ACTION;
+}
+
+#endif

@@ -37,7 +37,7 @@ ffibuilder.set_source(
 #include "bpf_calls.h"
 #include "relay_abi.h"
 """,
-    sources=["mcr/bpf_calls.c"],
+    sources=["mcr/bpf_calls.c", "mcr/tap_ring.c"],
     libraries=["bpf"],
     include_dirs=[str(BPF_DIR), str(HERE)],
     extra_compile_args=["-O2", "-Wall", "-Wextra", "-Werror", "-Wno-missing-field-initializers"],

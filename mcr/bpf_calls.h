@@ -62,6 +62,20 @@ enum mcr_octave {
 void mcr_latency_octaves(const struct mcr_latency *rules, const uint32_t *ids, uint32_t count,
 			 uint64_t *octaves);
 
+/* Reads what the traced programs and the workers tell, from tap_events and tap_reports. NULL and errno. */
+struct mcr_tap_reader *mcr_tap_open(int events_fd, int reports_fd);
+
+/* Copies events, each a struct mcr_tap_event with the bytes that it says follow, until there are no more or no room. */
+long mcr_tap_read(struct mcr_tap_reader *reader, void *buffer, size_t size);
+
+/* Asks the workers to report, or no longer. */
+void mcr_tap_want_reports(struct mcr_tap_reader *reader, int wanted);
+
+/* Reports that were written over before they were read. */
+uint64_t mcr_tap_missed(const struct mcr_tap_reader *reader);
+
+void mcr_tap_close(struct mcr_tap_reader *reader);
+
 int mcr_mount_bpffs(const char *path);
 
 /* 1 or 0. */

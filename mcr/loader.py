@@ -13,9 +13,11 @@ import os
 import platform
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,6 +47,12 @@ MAP_NAMES = (
     "bulks",
     "settled_rules",
     "settled_outputs",
+    "hands",
+    "traced",
+    "traced_egress",
+    "tap",
+    "tap_events",
+    "tap_reports",
 )
 PROGRAMS = {
     "mcr_relay": lib.MCR_PROGRAM_XDP,
@@ -52,10 +60,20 @@ PROGRAMS = {
     "mcr_devmap_xmit": lib.MCR_PROGRAM_RAW_TRACEPOINT,
     "mcr_refused": lib.MCR_PROGRAM_RAW_TRACEPOINT,
 }
+# The same source compiled for a trace: the program, the array that hands over to it, and where in it.
+TRACED_PROGRAMS = (
+    ("mcr_trace_begin", lib.MCR_PROGRAM_XDP, "traced", 0),
+    ("mcr_relay_traced", lib.MCR_PROGRAM_XDP, "traced", 1),
+    ("mcr_egress", lib.MCR_PROGRAM_DEVMAP, "traced_egress", 0),
+)
+# What a program of the first compilation and its traced twin need not share; any other map must be pinned.
+PRIVATE_MAPS = ("scratch", "tap_scratches")
 PROGRAM_NAME = "mcr_relay"
 GONE = "already gone"  # or not to be seen, for want of CAP_BPF
 TRACEPOINTS = {"mcr_devmap_xmit": "xdp_devmap_xmit", "mcr_refused": "xdp_redirect_err"}
 COMPILE_TIMEOUT_S = 60
+BPF_INSTRUCTION = struct.Struct("=BBhi")  # struct bpf_insn of linux/bpf.h, as are the two below
+BPF_LOAD_64, BPF_PSEUDO_MAP_FD = 0x18, 1
 VERIFIER_LOG_BYTES = 4 << 20
 BUSY_RETRY_S = 1.0
 COMPILE_BY_HAND = "mkdir /sys/fs/bpf/try && python3 -m mcr.loader /sys/fs/bpf/try"
@@ -85,11 +103,14 @@ def link_dir(instance: str) -> Path:
 # --- in the child -----------------------------------------------------------------------------
 
 
-def _compile(source_dir: Path) -> tuple[dict[str, int], dict[str, bytes]]:
+def _compile(
+    source_dir: Path, programs: Iterable[str] = tuple(PROGRAMS), traced: bool = False
+) -> tuple[dict[str, int], dict[str, bytes]]:
     """Compiles relay_kern.c. Returns the descriptors of the maps, and the programs' instructions, by name."""
     os.environ["BCC_KERNEL_SOURCE"] = str(source_dir / "uapi_shim")
     try:
         from bcc import BPF
+        from bcc.libbcc import lib as libbcc
     except ImportError as error:
         raise McrError(
             f"the BPF compiler is missing: {error}",
@@ -98,10 +119,13 @@ def _compile(source_dir: Path) -> tuple[dict[str, int], dict[str, bytes]]:
     includes = ["/usr/include", f"/usr/include/{platform.machine()}-linux-gnu"]
     flags = [f"-I{source_dir}", *(word for path in includes for word in ("-idirafter", path))]
     flags += [f"-D{name}={value}" for name, value in _kernel_facts().items()]
+    flags += ["-DMCR_TRACED=1"] if traced else []
     try:
         module = BPF(src_file=str(source_dir / "relay_kern.c"), cflags=flags)
-        descriptors = {name: int(module[name].map_fd) for name in MAP_NAMES}
-        return descriptors, {name: bytes(module.dump_func(name)) for name in PROGRAMS}
+        names = (*MAP_NAMES, *PRIVATE_MAPS) if traced else MAP_NAMES
+        # Not module[name].map_fd: BCC does not understand every struct that may be in a map.
+        descriptors = {name: int(libbcc.bpf_table_fd(module.module, name.encode())) for name in names}
+        return descriptors, {name: bytes(module.dump_func(name)) for name in programs}
     except Exception as error:  # BCC raises bare Exceptions; the compiler's own words are on stderr
         raise McrError("relay_kern.c does not compile", f"see it whole: {COMPILE_BY_HAND}") from error
 
@@ -134,10 +158,10 @@ def _verifier_words(log: str) -> str:
     return wanted[-1] if wanted else "no verifier log"
 
 
-def _load(name: str, instructions: bytes) -> int:
+def _load(name: str, kind: int, instructions: bytes) -> int:
     log = ffi.new("char[]", VERIFIER_LOG_BYTES)
     code, count = ffi.from_buffer(instructions), len(instructions) // 8
-    fd = int(lib.mcr_load_program(PROGRAMS[name], name.encode(), code, count, log, len(log)))
+    fd = int(lib.mcr_load_program(kind, name.encode(), code, count, log, len(log)))
     if fd >= 0:
         return fd
     if fd in (-errno.EPERM, -errno.EACCES) and not ffi.string(log):
@@ -162,12 +186,50 @@ def compile_into(directory: Path) -> None:
     for name, fd in descriptors.items():
         _pin(fd, directory / name)
     for name, instructions in programs.items():
-        _pin(_load(name, instructions), directory / name)
+        _pin(_load(name, PROGRAMS[name], instructions), directory / name)
 
 
-def _child_main(directory: str) -> int:
+def compile_traced(directory: Path) -> None:
+    """What the child does for the first trace: the traced programs, on the maps that are pinned in directory.
+
+    They are not pinned: the arrays that hand over to them keep them.
+    """
+    descriptors, programs = _compile(
+        bpf_source_dir(), [name for name, _, _, _ in TRACED_PROGRAMS], traced=True
+    )
+    pinned = {name: _open(directory / name) for name in MAP_NAMES}
+    instead = {fd: pinned.get(name, fd) for name, fd in descriptors.items()}
+    for name, kind, array, index in TRACED_PROGRAMS:
+        program = ffi.new("int *", _load(name, kind, _with_maps(programs[name], instead)))
+        status = lib.bpf_map_update_elem(pinned[array], ffi.new("__u32 *", index), program, 0)
+        if status < 0:
+            raise McrError(
+                f"cannot put {name} in place: {os.strerror(-status)}",
+                "start the supervisor again with the same version of MCR",
+            )
+
+
+def _with_maps(instructions: bytes, instead: Mapping[int, int]) -> bytes:
+    """A program with other maps of the same layout: the loads of map descriptors (linux/bpf.h) say others.
+
+    Raises McrError for a map that is neither pinned nor private: its twin would not see what is in it.
+    """
+    code = bytearray(instructions)
+    for at in range(0, len(code), BPF_INSTRUCTION.size):
+        opcode, registers, offset, value = BPF_INSTRUCTION.unpack_from(code, at)
+        if opcode == BPF_LOAD_64 and registers >> 4 == BPF_PSEUDO_MAP_FD:
+            if value not in instead:
+                raise McrError("a traced program uses a map that is not pinned", "add it to loader.MAP_NAMES")
+            BPF_INSTRUCTION.pack_into(code, at, opcode, registers, offset, instead[value])
+    return bytes(code)
+
+
+def _child_main(directory: str, *options: str) -> int:
     try:
-        compile_into(Path(directory))
+        if options == ("--traced",):
+            compile_traced(Path(directory))
+        else:
+            compile_into(Path(directory))
     except McrError as error:
         print(json.dumps({"cause": error.cause, "remedy": error.remedy, "status": int(error.status)}))
         return 1
@@ -200,27 +262,37 @@ def load(instance: str) -> None:
     _remove(staging)
     try:
         staging.mkdir(parents=True)
-        child = subprocess.run(
-            [sys.executable, "-m", "mcr.loader", str(staging)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=COMPILE_TIMEOUT_S,
-        )
-        if child.returncode:
-            raise _child_error(child)
+        _in_child(staging)
         _remove(final)
         staging.rename(final)
-    except subprocess.TimeoutExpired as error:
-        raise McrError(
-            f"compiling took more than {COMPILE_TIMEOUT_S} s", "look at the machine's load"
-        ) from error
     except PermissionError as error:
         raise _not_permitted_to_load() from error
     except OSError as error:
         raise McrError(f"cannot write {staging}: {error.strerror}", "see: ls -l /sys/fs/bpf/mcr") from error
     finally:
         _remove(staging)
+
+
+def load_traced(instance: str) -> None:
+    """Compiles the programs that work while a trace runs, and puts them where the others find them."""
+    _in_child(pin_dir(instance), "--traced")
+
+
+def _in_child(directory: Path, *options: str) -> None:
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", "mcr.loader", str(directory), *options],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise McrError(
+            f"compiling took more than {COMPILE_TIMEOUT_S} s", "look at the machine's load"
+        ) from error
+    if child.returncode:
+        raise _child_error(child)
 
 
 def _child_error(child: subprocess.CompletedProcess[str]) -> McrError:
@@ -261,7 +333,10 @@ def unload(instance: str) -> None:
 
 def open_pin(instance: str, name: str) -> int:
     """A descriptor of a pinned map or program, close-on-exec. Raises McrError if it is not there."""
-    path = pin_dir(instance) / name
+    return _open(pin_dir(instance) / name)
+
+
+def _open(path: Path) -> int:
     fd = int(lib.bpf_obj_get(bytes(path)))
     if fd < 0:
         raise McrError(f"cannot open {path}: {os.strerror(-fd)}", "start a supervisor: mcr run")
@@ -410,4 +485,4 @@ def _attach_error(interface: str, ifindex: int, mode: Mode, code: int) -> McrErr
 
 
 if __name__ == "__main__":
-    sys.exit(_child_main(sys.argv[1]))
+    sys.exit(_child_main(*sys.argv[1:]))

@@ -154,6 +154,8 @@ class Maps:
     def __init__(self, instance: str) -> None:
         names = (*loader.MAP_NAMES, *loader.PROGRAMS)
         self._fds = {name: loader.open_pin(instance, name) for name in names}
+        self._lookups = 0
+        self._tracing = False
         self._cpus = int(lib.libbpf_num_possible_cpus())
         self._rule_counters = _Counters(self._fds["rule_counters"], "mcr_rule_counters", MAX_RULES)
         self._output_counters = _Counters(self._fds["output_counters"], "mcr_output_counters", MAX_OUTPUTS)
@@ -185,20 +187,44 @@ class Maps:
 
     @property
     def counter_fds(self) -> tuple[int, ...]:
-        """What a worker maps: rule, output and worker counters, and latency."""
-        names = ("rule_counters", "output_counters", "worker_counters", "rule_latency")
+        """What a worker maps: rule, output and worker counters, latency, and its reports for traces."""
+        names = ("rule_counters", "output_counters", "worker_counters", "rule_latency", "tap_reports")
         return tuple(self._fds[name] for name in names)
 
     def _update(self, name: str, key: Any, value: Any) -> None:
         _check(lib.bpf_map_update_elem(self._fds[name], key, value, 0), f"write the map {name}")
 
     def set_lookups(self, word: int) -> None:
+        self._lookups = word
+        if self._tracing:
+            word |= lib.MCR_TRACING
         fields = {"abi_version": lib.MCR_ABI_VERSION, "lookups": word, "program_id": self._program_id}
         self._update("settings", ffi.new("__u32 *", 0), ffi.new("struct mcr_settings *", fields))
 
     def tracepoint_fd(self, program: str) -> int:
         """program: one of `loader.TRACEPOINTS`."""
         return self._fds[program]
+
+    def set_tracing(self, tracing: bool) -> None:
+        """Whether the traced programs do the work, which must have been loaded."""
+        self._tracing = tracing
+        self.set_lookups(self._lookups)
+
+    def set_tap(self, key: Any, **fields: int) -> None:
+        """Which packets a trace or capture wants; fields: of `struct mcr_tap`. It begins to count anew."""
+        value = ffi.new("struct mcr_tap *", fields)
+        ffi.memmove(ffi.addressof(value, "key"), key, ffi.sizeof("struct mcr_rule_key"))
+        self._update("tap", ffi.new("__u32 *", 0), value)
+
+    def tap_counts(self) -> tuple[int, int]:
+        """Packets that a trace or capture took, and events that found its ring full."""
+        value = ffi.new("struct mcr_tap *")
+        _check(lib.bpf_map_lookup_elem(self._fds["tap"], ffi.new("__u32 *", 0), value), "read the map tap")
+        return int(value.taken), int(value.lost)
+
+    def descriptor(self, name: str) -> int:
+        """Of an open map or program; it stays this object's."""
+        return self._fds[name]
 
     def set_rule(self, key: Any, fields: dict[str, int]) -> None:
         """fields: those of `struct mcr_rule_value`."""

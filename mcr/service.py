@@ -25,6 +25,7 @@ from mcr.notify import keep_alive, notify, reloading
 from mcr.situation import gather
 from mcr.stream import parse_stream
 from mcr.supervisor import Supervisor
+from mcr.tap_methods import capture_start, trace_read, trace_start, trace_stop
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +136,10 @@ METHODS: dict[str, tuple[Method, bool]] = {
     "joins": (_joins, True),
     "log": (_log, True),
     "log.set": (_log_set, False),
+    "trace.start": (trace_start, False),
+    "capture.start": (capture_start, False),
+    "trace.read": (trace_read, False),
+    "trace.stop": (trace_stop, False),
 }
 
 

@@ -28,6 +28,7 @@ from mcr.netlink import LinkMonitor
 from mcr.rule import InterfaceFacts, Rule, check_rules
 from mcr.rule_maps import RuleMaps
 from mcr.state import load_rules, save_rules, set_aside
+from mcr.tap import Tap
 
 RETRY_INTERVAL_S = 5.0
 QUEUES_INTERVAL_S = 1.0
@@ -106,6 +107,7 @@ class Supervisor:
         self.membership = MembershipWorker()
         self.maps: Maps
         self.rule_maps: RuleMaps
+        self.tap: Tap
         self._monitor = LinkMonitor(self._links_changed)
         self._ids = Ids()
         self._realiser = Realiser()
@@ -142,6 +144,8 @@ class Supervisor:
             if adopted:
                 rules, outputs = self._ids.rules.values(), self._ids.outputs.values()
                 await settle_worker(self.maps, rules, outputs)  # the workers ended with their supervisor
+            self.tap = Tap(self.instance, self.maps)
+            stack.push_async_callback(self.tap.close)
             await self.membership.start()
             stack.push_async_callback(self.membership.stop)
             await stack.enter_async_context(self._monitor)

@@ -15,7 +15,7 @@ from mcr.errors import ExitStatus, McrError
 
 COMMANDS = (
     *("run", "attach", "detach", "rule", "status", "stats", "check", "reload", "send", "listen"),
-    *("doctor", "explain", "joins", "log", "top", "completion"),
+    *("doctor", "explain", "joins", "log", "top", "completion", "trace", "capture"),
 )
 
 

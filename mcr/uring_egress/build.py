@@ -27,6 +27,7 @@ SOURCES = (
     "threads",
     "ingress_xsk",
     "ingress_packet",
+    "tap",
 )
 
 PARSED_PACKET = """

@@ -41,7 +41,7 @@ enum {
 	COMPLETION_SLOTS = 16384,
 	RULE_SLOTS = 8192, /* of the AF_PACKET ingress's own rule table: a power of two, half full at most */
 	CONTROL_BYTES = 128, /* of one send: UDP_SEGMENT, TOS, TTL and PKTINFO */
-	COMMAND_FDS = 5,
+	COMMAND_FDS = 6,
 	CACHE_LINE_BYTES = 64,
 	MESSAGE_BYTES = 128,
 	NONE = UINT32_MAX,
@@ -227,6 +227,7 @@ struct worker {
 	struct mcr_output_counters *output_counters;
 	struct mcr_worker_counters *counters; /* the ingress thread's alone */
 	struct mcr_latency *latency;
+	struct mcr_tap_report *reports; /* of all workers; slot 0 says whether any are wanted */
 
 	struct mcr_command command;
 	struct iovec command_vector;
@@ -322,6 +323,21 @@ int egress_settle(struct egress *egress);
 
 /* latency.c */
 void latency_add(struct mcr_latency *latency, const uint64_t *rx_times_ns, uint32_t count, uint64_t now_ns);
+
+/* tap.c */
+void tap_send(struct worker *worker, const struct send *send, const struct run *run, int error,
+	      enum mcr_output_drop_reason reason);
+void tap_skip(struct worker *worker, const struct run *run, uint32_t output_id,
+	      enum mcr_output_drop_reason reason);
+void tap_refuse(struct worker *worker, uint32_t frame, uint32_t rule_id, uint32_t output_id,
+		enum mcr_output_drop_reason reason);
+void tap_drop(struct worker *worker, const struct packet *packet, enum mcr_drop_reason reason);
+
+/* A trace is running: the one test that its absence costs. */
+static inline bool tap_wanted(const struct worker *worker)
+{
+	return __builtin_expect(__atomic_load_n(&worker->reports[0].wanted, __ATOMIC_RELAXED) != 0, 0);
+}
 
 /* The driver bound at least one AF_XDP socket without copying. */
 bool xsk_zero_copy(const struct worker *worker);

@@ -179,6 +179,8 @@ static int send_run(struct egress *egress, uint32_t run_index, uint32_t output_i
 	if (output->flags & MCR_OUTPUT_DECREMENT_TTL && run->first.ttl <= 1) {
 		counter_add(&egress->worker->output_counters[output_id].dropped[MCR_OUTPUT_DROP_TTL_EXPIRED],
 			    run->count);
+		if (tap_wanted(egress->worker))
+			tap_skip(egress->worker, run, output_id, MCR_OUTPUT_DROP_TTL_EXPIRED);
 		return 0;
 	}
 	if (run->count > 1 && run->first.payload_length <= output->gso_limit)
@@ -305,6 +307,8 @@ static int drop_packet(struct egress *egress, const struct packet *packet, enum 
 		return reactor_fail(egress->reactor, EPROTO, "a packet of rule %u without an output here",
 				    packet->rule_id);
 	counter_add(&egress->worker->rule_counters[packet->rule_id].dropped[reason], 1);
+	if (tap_wanted(egress->worker))
+		tap_drop(egress->worker, packet, reason);
 	return frames_give(egress->worker, &packet->frame_index, 1, FRAME_RECEIVE, packet->queue);
 }
 
@@ -392,6 +396,8 @@ static void account_send(struct egress *egress, const struct send *send, const s
 {
 	struct mcr_output_counters *counters = &egress->worker->output_counters[send->output_id];
 
+	if (tap_wanted(egress->worker))
+		tap_send(egress->worker, send, run, result < 0 ? -result : 0, drop_reason(-result));
 	if (result < 0) {
 		counter_add(&counters->dropped[drop_reason(-result)], send->count);
 		counter_set(&counters->last_error, (uint64_t)-result);

@@ -235,15 +235,19 @@ static int write_pipe(struct worker *worker, uint32_t index, enum pipe_state sta
 	return 0;
 }
 
-static void count_pipe_full(struct worker *worker, uint32_t index, uint32_t rule_id)
+static void count_pipe_full(struct worker *worker, uint32_t index, uint32_t rule_id, uint32_t frame)
 {
 	const struct rule *rule = &worker->tables.rules[rule_id];
 
-	for (uint32_t i = 0; i < rule->output_count; i++)
-		if (rule->output_ids[i] % worker->pipes->count == index)
-			counter_add(&worker->output_counters[rule->output_ids[i]]
-					     .dropped[MCR_OUTPUT_DROP_PIPE_FULL],
-				    1);
+	for (uint32_t i = 0; i < rule->output_count; i++) {
+		uint32_t output_id = rule->output_ids[i];
+
+		if (output_id % worker->pipes->count != index)
+			continue;
+		counter_add(&worker->output_counters[output_id].dropped[MCR_OUTPUT_DROP_PIPE_FULL], 1);
+		if (tap_wanted(worker))
+			tap_refuse(worker, frame, rule_id, output_id, MCR_OUTPUT_DROP_PIPE_FULL);
+	}
 }
 
 /* The packets that found no room, from a slot on. */
@@ -253,7 +257,7 @@ static int drop_staged(struct worker *worker, uint32_t index, uint32_t first)
 	int status = 0;
 
 	for (uint32_t i = first; i < pipe->staged && !status; i++) {
-		count_pipe_full(worker, index, pipe->slots[i].rule_id);
+		count_pipe_full(worker, index, pipe->slots[i].rule_id, pipe->slots[i].frame_index);
 		status = unreference(worker, pipe->slots[i].frame_index);
 	}
 	return status ? status : give_freed(worker);
@@ -335,9 +339,11 @@ static int hand_over(struct worker *worker, const struct packet *packet)
 	int status;
 
 	if (!rule->known || !rule->output_count) {
-		counter_add(&worker->rule_counters[packet->rule_id]
-				     .dropped[rule->known ? MCR_DROP_NO_OUTPUT : MCR_DROP_UNKNOWN_RULE],
-			    1);
+		enum mcr_drop_reason reason = rule->known ? MCR_DROP_NO_OUTPUT : MCR_DROP_UNKNOWN_RULE;
+
+		counter_add(&worker->rule_counters[packet->rule_id].dropped[reason], 1);
+		if (tap_wanted(worker))
+			tap_drop(worker, packet, reason);
 		return frames_give(worker, &packet->frame_index, 1, FRAME_RECEIVE, packet->queue);
 	}
 	if (packet->rule_id != pipes->relayed_rule)
@@ -351,7 +357,7 @@ static int hand_over(struct worker *worker, const struct packet *packet)
 		if (!(pipes->threads[packet->rule_id] & 1U << i))
 			continue;
 		if (pipes->to[i].state == PIPE_OWING) {
-			count_pipe_full(worker, i, packet->rule_id);
+			count_pipe_full(worker, i, packet->rule_id, packet->frame_index);
 			continue;
 		}
 		stage(worker, &pipes->to[i], packet);

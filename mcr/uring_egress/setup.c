@@ -13,7 +13,7 @@
 
 #include "threads.h"
 
-enum { COUNTER_FDS = 4, MAX_FRAMES = 32768 };
+enum { COUNTER_FDS = 5, MAX_FRAMES = 32768 };
 
 static int check_setup(struct worker *worker)
 {
@@ -91,6 +91,7 @@ static int open_counters(struct worker *worker, const int *fds)
 					       MCR_MAX_OUTPUTS * sizeof(*worker->output_counters), &status);
 	counters = map_counters(worker, fds[2], MCR_MAX_WORKERS * sizeof(*counters), &status);
 	worker->latency = map_counters(worker, fds[3], MCR_MAX_RULES * sizeof(*worker->latency), &status);
+	worker->reports = map_counters(worker, fds[4], MCR_TAP_REPORTS * sizeof(*worker->reports), &status);
 	if (!status)
 		worker->counters = counters + worker->setup.worker_slot;
 	return status;

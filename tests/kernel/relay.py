@@ -16,12 +16,14 @@ from typing import Any, Self
 
 from mcr._bpf import ffi, lib
 
-from mcr.loader import open_pin
+from mcr.loader import load_traced, open_pin
 from mcr.maps import Maps, RuleCounts, lookups_needed, rule_key
 from mcr.stream import Stream
+from mcr.tap_events import Event, decode
 
 LARGEST_FRAME = 1 << 17
 FRAME_LIMIT = 1522
+READ_BYTES = 1 << 20
 # linux/if_xdp.h
 AF_XDP, SOL_XDP = 44, 283
 XDP_RX_RING, XDP_UMEM_REG, XDP_UMEM_FILL_RING, XDP_UMEM_COMPLETION_RING = 2, 4, 5, 6
@@ -110,11 +112,30 @@ class XskSocket:
         self._socket.close()
 
 
+class Tapped:
+    """What a trace is told."""
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+        self._buffer = ffi.new("char[]", READ_BYTES)
+
+    def events(self) -> list[Event]:
+        """What was told since the last time."""
+        told: list[Event] = []
+        while (length := lib.mcr_tap_read(self._reader, self._buffer, READ_BYTES)) > 0:
+            told += decode(ffi.buffer(self._buffer, length)[:])
+        return told
+
+    def missed(self) -> int:
+        """Reports that were written over before they were read."""
+        return int(lib.mcr_tap_missed(self._reader))
+
+
 class Relay:
     """The program and maps of one instance; the calling thread is in the namespace of its interfaces."""
 
     def __init__(self, instance: str, maps: Maps, ifindex: int, other_ifindex: int) -> None:
-        self._instance = instance
+        self.instance = instance
         self.maps = maps
         self.ifindex = ifindex
         self.other_ifindex = other_ifindex
@@ -123,6 +144,7 @@ class Relay:
         self._sockets: dict[int, XskSocket] = {}
         self._out = ffi.new("char[]", LARGEST_FRAME)
         self._numbers = ffi.new("uint32_t[3]")
+        self._can_trace = False
 
     def add_rule(
         self, rule_id: int, stream: Stream, *, xsk_base: int = 0, frame_limit: int = FRAME_LIMIT
@@ -193,6 +215,16 @@ class Relay:
         if status:
             raise OSError(-status, f"reading {name}[{index}]")
 
+    def write(self, name: str, index: int, value: Any) -> None:
+        """An entry of an array map, as whoever else writes it would."""
+        with self._open(name) as fd:
+            assert lib.bpf_map_update_elem(fd, ffi.new("__u32 *", index), value, 0) == 0
+
+    def put(self, name: str, key: Any, value: int) -> None:
+        """An entry of a hash map of numbers."""
+        with self._open(name) as fd:
+            assert lib.bpf_map_update_elem(fd, key, ffi.new("__u32 *", value), 0) == 0
+
     def packets_of_cpu(self, rule_id: int) -> list[int]:
         """The packets that each CPU has counted for the rule; the index is the CPU."""
         per_cpu = ffi.new("struct mcr_rule_stats[]", lib.libbpf_num_possible_cpus())
@@ -229,11 +261,32 @@ class Relay:
 
     @contextmanager
     def _open(self, name: str) -> Iterator[int]:
-        fd = open_pin(self._instance, name)
+        fd = open_pin(self.instance, name)
         try:
             yield fd
         finally:
             os.close(fd)
+
+    @contextmanager
+    def tapped(self, key: Any = None, **fields: int) -> Iterator["Tapped"]:
+        """A trace or capture is running; fields: of `struct mcr_tap`, without a limit unless they say one."""
+        if not self._can_trace:
+            load_traced(self.instance)
+            self._can_trace = True
+        key = ffi.new("struct mcr_rule_key *") if key is None else key
+        unlimited = {"deadline_ns": (1 << 64) - 1, "limit": (1 << 64) - 1}
+        with self._open("tap_events") as events, self._open("tap_reports") as reports:
+            reader = lib.mcr_tap_open(events, reports)
+            assert reader != ffi.NULL
+            tapped = Tapped(reader)
+            tapped.events()  # those that nobody has read
+            self.maps.set_tap(key, **unlimited | fields)
+            self.maps.set_tracing(True)
+            try:
+                yield tapped
+            finally:
+                self.maps.set_tracing(False)
+                lib.mcr_tap_close(reader)
 
     def forget(self) -> None:
         """Everything as it was when the program was loaded: no rule, lookup, output, socket or count."""

@@ -281,7 +281,7 @@ def test_bpftool_names_the_program_and_its_maps(instance: str) -> None:
     program = bpftool("prog", "show", "pinned", pin_dir(instance) / PROGRAM_NAME)
     assert (program["name"], program["type"]) == ("mcr_relay", "xdp")
     used = {bpftool("map", "show", "id", str(number))["name"] for number in program["map_ids"]}
-    both = {"rules", "settings", "rule_stats", "fragments"}
+    both = {"rules", "settings", "rule_stats", "fragments", "traced"}
     kernel_path = {"kernel_outputs", "output_stats", "bulks", "scratch"}
     fan_outs = {"fan_outs", "fan_out_outputs", "fan_out_relayed"}
     assert used == {*both, *kernel_path, *fan_outs, "xsks", "hands"}
