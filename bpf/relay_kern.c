@@ -734,32 +734,43 @@ static __always_inline void add_sent(u32 output_id, u32 packets, u32 bytes)
 	stats->sent_bytes += bytes;
 }
 
-/* Of the first `count` frames the device took `sent`. Neighbours are usually of the same output. */
-static __always_inline void count_flushed(const struct mcr_bulk *bulk, u32 count, u32 sent, u32 reason)
+/* clang would walk along the array by a pointer that the verifier cannot bound. */
+static __always_inline u32 logged(const struct mcr_bulk *bulk, u32 index)
 {
-	u32 output_id = 0, packets = 0, bytes = 0;
+	asm volatile("" : "+r"(index));
+	return bulk->frames[index & (MCR_BULK_FRAMES - 1)];
+}
 
+/* Frame by frame: of the first `count` frames the device took `sent`. */
+static __always_inline void count_each(const struct mcr_bulk *bulk, u32 count, u32 sent, u32 reason)
+{
 	for (u32 i = 0; i < MCR_BULK_FRAMES; i++) {
-		u32 frame = bulk->frames[i];
+		u32 frame = logged(bulk, i);
 
 		if (i >= count)
 			break;
-		if (i >= sent) {
+		if (i < sent)
+			add_sent(frame >> 16, 1, frame & 0xffff);
+		else
 			drop_output(frame >> 16, reason);
-			continue;
-		}
-		if (frame >> 16 != output_id) {
-			if (packets)
-				add_sent(output_id, packets, bytes);
-			output_id = frame >> 16;
-			packets = 0;
-			bytes = 0;
-		}
-		packets++;
-		bytes += frame & 0xffff;
 	}
-	if (packets)
-		add_sent(output_id, packets, bytes);
+}
+
+/* Usually the device takes all of a bulk, and all of it is of one output. */
+static __always_inline void count_flushed(const struct mcr_bulk *bulk, u32 count, u32 sent, u32 reason)
+{
+	u32 first = bulk->frames[0], others = 0, bytes = 0;
+
+	for (u32 i = 0; i < MCR_BULK_FRAMES; i++) {
+		if (i >= count)
+			break;
+		others |= logged(bulk, i) ^ first;
+		bytes += logged(bulk, i) & 0xffff;
+	}
+	if (sent >= count && others <= 0xffff)
+		add_sent(first >> 16, count, bytes);
+	else
+		count_each(bulk, count, sent, reason);
 }
 
 /*
