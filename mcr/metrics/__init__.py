@@ -1,4 +1,4 @@
-"""Prometheus: what is told (collect.py, rules.py), how it is written (text.py), and to whom (server.py)."""
+"""Prometheus: what is told (collect.py, and rules.py by text.py's templates), and to whom (server.py)."""
 
 from mcr.metrics.server import Listen, serve
 

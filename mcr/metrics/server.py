@@ -2,7 +2,8 @@
 
 Whoever connects may be slow, silent or hostile: at most MAX_CONNECTIONS are served, none longer than
 DEADLINE_S, and only one scrape is written at a time. The TLS handshake happens in the connection's thread.
-This module must never read a map, and never wait for a client when the supervisor stops.
+prometheus_client's own server does it in the thread that accepts, so that one silent client holds up all, and
+has no limits. This module must never read a map, and never wait for a client when the supervisor stops.
 """
 
 import contextlib
@@ -20,10 +21,11 @@ from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 
+from prometheus_client.exposition import choose_encoder
+
 from mcr.config import TlsFiles
 from mcr.errors import McrError
-from mcr.metrics.collect import RelayCollector
-from mcr.metrics.text import CONTENT_TYPE
+from mcr.metrics.collect import Scrape
 
 if TYPE_CHECKING:
     from mcr.supervisor import Supervisor
@@ -33,6 +35,8 @@ SILENCE_S = 5.0  # between two bytes
 DEADLINE_S = 15.0  # of a whole connection
 POLL_INTERVAL_S = 0.5
 SWITCH_INTERVAL_S = 0.0005  # how long the event loop waits for Python's lock; 5 ms by default
+
+_, CONTENT_TYPE = choose_encoder("")  # of generate_latest
 
 log = logging.getLogger(__name__)
 
@@ -89,12 +93,6 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
 
     def do_GET(self) -> None:
-        self._respond(with_body=True)
-
-    def do_HEAD(self) -> None:
-        self._respond(with_body=False)
-
-    def _respond(self, with_body: bool) -> None:
         if self.path.partition("?")[0] != "/metrics":
             self.send_error(HTTPStatus.NOT_FOUND, "the metrics are at /metrics")
             return
@@ -103,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", CONTENT_TYPE)
         self.send_header("Content-Length", str(sum(map(len, pieces))))
         self.end_headers()
-        for piece in pieces if with_body else ():
+        for piece in pieces:
             self.wfile.write(piece)
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -140,14 +138,14 @@ class _Connections:
 
 
 class MetricsServer(ThreadingMixIn, TCPServer):
-    """Serves what `text` returns. A server of socketserver: serve_forever, shutdown, server_close."""
+    """Serves a scrape. A server of socketserver: serve_forever, shutdown, server_close."""
 
     allow_reuse_address = True
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, listen: Listen, text: Callable[[], Iterator[str]]) -> None:
-        self._text = text
+    def __init__(self, listen: Listen, scrape: Scrape) -> None:
+        self._scrape = scrape
         self._tls = listen.tls
         self._context = tls_context(listen.tls) if listen.tls else None
         self._written = _written(listen.tls) if listen.tls else ()
@@ -165,7 +163,7 @@ class MetricsServer(ThreadingMixIn, TCPServer):
         with self._scraping:
             if self._closed:
                 raise ConnectionAbortedError
-            return [piece.encode() for piece in self._text()]
+            return list(self._scrape.pieces())
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
@@ -203,6 +201,11 @@ class MetricsServer(ThreadingMixIn, TCPServer):
 
     def service_actions(self) -> None:
         self._connections.cut(DEADLINE_S)
+        if self._scraping.acquire(blocking=False):  # otherwise that scrape has done it
+            try:
+                self._scrape.prepare()
+            finally:
+                self._scraping.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away, or was cut, is its own affair; anything else is ours."""
@@ -225,9 +228,8 @@ def serve(supervisor: "Supervisor", listen: Listen, client_count: Callable[[], i
 
     client_count: of the control socket.
     """
-    collector = RelayCollector(supervisor, client_count)
     try:
-        server = MetricsServer(listen, collector.text)
+        server = MetricsServer(listen, Scrape(supervisor, client_count))
     except OSError as error:
         raise McrError(
             f"cannot serve metrics at {listen.address}:{listen.port}: {error.strerror}",

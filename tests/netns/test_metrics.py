@@ -8,6 +8,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from mcr.control import ControlClient
 from tests.netns.flows import (
@@ -31,6 +32,14 @@ def scrape(lab: Lab, relay: Namespace, tls: ssl.SSLContext | None = None) -> str
         return text
 
 
+def samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """The whole scrape as prometheus_client reads it: values by name and labels, none of them twice."""
+    read = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    by_label = {(each.name, frozenset(each.labels.items())): each.value for each in read}
+    assert len(by_label) == len(read) == sum(not line.startswith("#") for line in text.splitlines())
+    return by_label
+
+
 def many_rules(count: int) -> str:
     """Two outputs each: one of them unicast, so that they take the worker path."""
     return config(
@@ -51,32 +60,58 @@ def test_metrics_tell_the_exact_counts(lab: Lab) -> None:
     lab.supervisor(topology.relay, config=config(("cam", GROUP_IN, outputs)) + LISTEN)
     before = time.time()
     relay_one(lab, topology, GROUP_SENT, GROUP_HEARD, 5000, "--rate", "20000")
-    text = scrape(lab, topology.relay)
-    for line in (
-        'mcr_rule_received_packets_total{rule="cam"} 5000',
-        'mcr_rule_received_bytes_total{rule="cam"} 6580000',
-        'mcr_rule_relayed_packets_total{rule="cam"} 5000',
-        'mcr_rule_relayed_bytes_total{rule="cam"} 6580000',
-        'mcr_rule_dropped_packets_total{rule="cam",reason="fragment"} 0',
-        'mcr_rule_info{rule="cam",stream="239.1.1.1%in0:5000",interface="in0",path="worker"} 1',
-        'mcr_rule_active{rule="cam"} 1',
-        f'mcr_output_relayed_packets_total{{rule="cam",output="{GROUP_OUT}"}} 5000',
-        f'mcr_output_sent_packets_total{{rule="cam",output="{GROUP_OUT}"}} 5000',
-        f'mcr_output_dropped_packets_total{{rule="cam",output="{GROUP_OUT}",reason="socket_full"}} 0',
-        f'mcr_output_active{{rule="cam",output="{GROUP_OUT}"}} 1',
-        'mcr_worker_up{interface="in0",worker="0"} 1',
-        'mcr_worker_restarts_total{interface="in0",worker="0"} 0',
-        'mcr_worker_crash_loop{interface="in0",worker="0"} 0',
-        'mcr_interface_info{interface="in0",mode="native",ingress="xsk",zero_copy="off",'
-        'wanted_mode="auto",wanted_ingress="auto",wanted_zero_copy="auto"} 1',
-        "mcr_joins_held 1",
-        'mcr_config_reloads_total{result="success"} 0',
+    page = samples(scrape(lab, topology.relay))
+    rule, output, worker = (
+        {"rule": "cam"},
+        {"rule": "cam", "output": GROUP_OUT},
+        {"interface": "in0", "worker": "0"},
+    )
+    wanted = {"wanted_mode": "auto", "wanted_ingress": "auto", "wanted_zero_copy": "auto"}
+    for name, labels, value in (
+        ("mcr_rule_received_packets_total", rule, 5000),
+        ("mcr_rule_received_bytes_total", rule, 6580000),
+        ("mcr_rule_relayed_packets_total", rule, 5000),
+        ("mcr_rule_relayed_bytes_total", rule, 6580000),
+        ("mcr_rule_dropped_packets_total", rule | {"reason": "fragment"}, 0),
+        ("mcr_rule_info", rule | {"stream": GROUP_IN, "interface": "in0", "path": "worker"}, 1),
+        ("mcr_rule_active", rule, 1),
+        ("mcr_rule_latency_seconds_count", rule, 10000),
+        ("mcr_output_relayed_packets_total", output, 5000),
+        ("mcr_output_sent_packets_total", output, 5000),
+        ("mcr_output_dropped_packets_total", output | {"reason": "socket_full"}, 0),
+        ("mcr_output_active", output, 1),
+        ("mcr_worker_up", worker, 1),
+        ("mcr_worker_restarts_total", worker, 0),
+        ("mcr_worker_crash_loop", worker, 0),
+        (
+            "mcr_interface_info",
+            {"interface": "in0", "mode": "native", "ingress": "xsk", "zero_copy": "off"} | wanted,
+            1,
+        ),
+        ("mcr_joins_held", {}, 1),
+        ("mcr_config_reloads_total", {"result": "success"}, 0),
     ):
-        assert f"\n{line}\n" in text, text
-    (last,) = [
-        line for line in text.splitlines() if line.startswith("mcr_rule_last_packet_timestamp_seconds{")
-    ]
-    assert before - 1 < float(last.split()[-1]) <= time.time() + 1
+        assert page[name, frozenset(labels.items())] == value, name
+    last = page["mcr_rule_last_packet_timestamp_seconds", frozenset(rule.items())]
+    assert before - 1 < last <= time.time() + 1
+
+
+def test_rules_that_change_between_scrapes_are_told_as_they_are(lab: Lab) -> None:
+    topology = lab.topology_relay()
+    lab.supervisor(topology.relay, config=config() + LISTEN)
+    names = [f"rule-{number}" for number in range(4)]
+
+    def told() -> set[str]:
+        page = samples(scrape(lab, topology.relay))
+        return {dict(labels)["rule"] for name, labels in page if name == "mcr_rule_active"}
+
+    for number, name in enumerate(names):
+        stream = f"239.1.1.{1 + number}%in0:5000"
+        to = f"239.2.2.{1 + number}%out0:6000"
+        lab.mcr(topology.relay, "rule", "add", name, "--from", stream, "--to", to)
+        assert told() == set(names[: number + 1])
+    lab.mcr(topology.relay, "rule", "del", names[1])
+    assert told() == {names[0], *names[2:]}
 
 
 def test_a_failed_reload_and_a_control_client_are_told(lab: Lab) -> None:
@@ -87,11 +122,11 @@ def test_a_failed_reload_and_a_control_client_are_told(lab: Lab) -> None:
     assert lab.mcr(topology.relay, "reload", check=False).returncode == 1
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(lab.runtime_directory / f"{topology.relay.name}.sock"))
-        wait_until(lambda: "\nmcr_control_clients 1\n" in scrape(lab, topology.relay), "the client counts")
+        wait_until(lambda: "\nmcr_control_clients 1.0\n" in scrape(lab, topology.relay), "the client counts")
     text = scrape(lab, topology.relay)
-    assert '\nmcr_config_reloads_total{result="success"} 1\n' in text
-    assert '\nmcr_config_reloads_total{result="failure"} 1\n' in text
-    assert "\nmcr_config_last_reload_successful 0\n" in text
+    assert '\nmcr_config_reloads_total{result="success"} 1.0\n' in text
+    assert '\nmcr_config_reloads_total{result="failure"} 1.0\n' in text
+    assert "\nmcr_config_last_reload_successful 0.0\n" in text
 
 
 def _openssl(directory: Path, *arguments: str) -> None:
@@ -134,7 +169,7 @@ def test_tls_lets_in_only_who_has_a_certificate(lab: Lab) -> None:
         )
     )
     supervisor = lab.supervisor(topology.relay, config=LISTEN + tls)
-    assert "\nmcr_joins_wanted 0\n" in scrape(lab, topology.relay, _client(lab.directory, "scraper"))
+    assert "\nmcr_joins_wanted 0.0\n" in scrape(lab, topology.relay, _client(lab.directory, "scraper"))
     for certificate in ("", "stranger"):
         with pytest.raises(OSError):
             scrape(lab, topology.relay, _client(lab.directory, certificate))
@@ -195,14 +230,22 @@ def test_stuck_scrapers_hold_up_neither_the_relay_nor_the_end(lab: Lab) -> None:
 def test_a_scrape_of_2000_rules_takes_less_than_100_ms(lab: Lab) -> None:
     topology = lab.topology_relay()
     supervisor = lab.supervisor(topology.relay, config=many_rules(2000) + LISTEN, timeout_s=120)
-    times_s = []
+    times_s, changed_s = [], []
     for _ in range(10):
         begin = time.perf_counter()
         text = scrape(lab, topology.relay)
         times_s.append(time.perf_counter() - begin)
+    for number in range(5):
+        stream, to = f"239.99.1.{1 + number}%in0:5000", f"239.99.2.{1 + number}%out0:6000"
+        lab.mcr(topology.relay, "rule", "add", f"new-{number}", "--from", stream, "--to", to)
+        begin = time.perf_counter()
+        page = scrape(lab, topology.relay)
+        changed_s.append(time.perf_counter() - begin)
+        assert page.count("\nmcr_rule_received_packets_total{") == 2001 + number
     assert text.count("\nmcr_rule_received_packets_total{") == 2000
     assert text.count("\nmcr_output_sent_packets_total{") == 4000
     assert min(times_s) < 0.1, times_s
+    assert min(changed_s) < 0.1, changed_s
     control = lab.runtime_directory / f"{topology.relay.name}.sock"
     answered_s = []
     with ControlClient(control, timeout_s=10) as client, lab.inside(topology.relay):
