@@ -90,9 +90,11 @@ def test_killed_worker_is_replaced_within_a_second_with_its_rules(lab: Lab) -> N
     sent, heard = report(source), report(sink)
     rule, output = stats(lab, topology.relay)
     assert rule["received_packets"] == sent["packets"]
-    lost_with_the_worker = rule["received_packets"] - rule["relayed_packets"] - sum(dropped(rule).values())
-    assert 0 <= lost_with_the_worker <= 8192  # no more than its pool held
-    assert set(dropped(rule)) <= {"no_worker"}
+    lost = dropped(rule)
+    assert rule["received_packets"] == rule["relayed_packets"] + sum(lost.values())
+    assert set(lost) <= {"no_worker", "worker_died"}
+    assert lost.get("worker_died", 0) <= 8192  # no more than its pool held
+    assert output["relayed_packets"] == output["sent_packets"] + sum(dropped(output).values())
     assert output["sent_packets"] <= heard["packets"] <= rule["relayed_packets"]
     assert (heard["duplicates"], heard["corrupt"]) == (0, 0)
 
