@@ -1,6 +1,6 @@
-"""The relay's own latency against an outside one: stamps that the generator put into the same packets' payload.
+"""The relay's own latency against an outside one: the generator's stamps in the same packets' payload.
 
-From outside the way is longer by two veth hops, of a microsecond or two. The worker sleeps between batches, so
+From outside the way is longer by two veth hops, a microsecond or two. The worker sleeps between batches, so
 that waking it is most of either figure.
 """
 
