@@ -18,6 +18,7 @@ import pytest
 
 from bench.streams import Streams
 from bench.traffic import Programs, Traffic
+from mcr.accounting import unaccounted
 from mcr.maps import Maps
 from tests.netns.flows import Report, config, dropped, stats, status, wait_until
 from tests.netns.lab import Lab, Namespace
@@ -134,9 +135,10 @@ def lost_to_sockets(lab: Lab, relay: Namespace) -> int:
 @pytest.mark.parametrize("ingress", ["native", pytest.param("generic", marks=SOAK), "packet"])
 def test_overload_of_a_worker_is_accounted_for_by_rule(lab: Lab, ingress: str) -> None:
     network = fan_out(lab, 1)
-    supervise(lab, network, one_each(), "worker", ingress)
+    many = [[f"239.2.{rule}.{number}%out0:6000" for number in range(1, 7)] for rule in range(3)]
+    supervise(lab, network, rules(*many), "worker", ingress)  # six times the work, several times too much
     with flood(lab, network) as source:
-        source.send(600_000)
+        source.send(400_000)
     rows = check(lab, network.relay)
     assert status(lab, network.relay)["worker_restarts"] == 0
     if ingress == "packet":
@@ -154,7 +156,10 @@ def test_what_a_killed_worker_had_in_hand_is_accounted_for(lab: Lab, ingress: st
     with flood(lab, network) as source, source.meanwhile(300_000):
         for restarts in range(2):
             wait_until(lambda: _relays(lab, network.relay), "a worker that relays", 40)
-            os.kill(status(lab, network.relay)["worker_pid"], signal.SIGKILL)
+            worker = status(lab, network.relay)["worker_pid"]
+            os.kill(worker, signal.SIGSTOP)
+            wait_until(lambda: _has_in_hand(lab, network.relay), "packets in the worker's hands", 40)
+            os.kill(worker, signal.SIGKILL)
             wait_until(lambda n=restarts: _restarted(lab, network.relay, n + 1), "another worker", 40)  # type: ignore[misc]
     rows = check(lab, network.relay)
     if ingress == "native":
@@ -167,6 +172,12 @@ def test_what_a_killed_worker_had_in_hand_is_accounted_for(lab: Lab, ingress: st
 def _restarted(lab: Lab, relay: Namespace, restarts: int) -> bool:
     row = status(lab, relay)
     return bool(row["worker_restarts"] >= restarts and row["worker_pid"])
+
+
+def _has_in_hand(lab: Lab, relay: Namespace) -> bool:
+    """AF_PACKET's are not seen before the worker has read them; what it has in flight then must do."""
+    rows = [row for row in stats(lab, relay) if row["object"] == "rule"]
+    return any(unaccounted(row) for row in rows) or status(lab, relay)["ingress"] == "packet"
 
 
 def _relays(lab: Lab, relay: Namespace) -> bool:
