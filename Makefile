@@ -25,7 +25,7 @@ demo: build ## relay one stream through three network namespaces and show it (ro
 	@scripts/as-root $(PYTHON) -m mcr.demo
 
 test: build ## run the tests, under 10 minutes (root)
-	@scripts/as-root $(PYTHON) -m pytest tests
+	@scripts/as-root $(PYTHON) -m pytest -n 2 --dist loadfile tests
 
 soak: build ## run the long tests with the full figures (root)
 	@scripts/set-up soak
