@@ -102,6 +102,15 @@ def _styles() -> dict[Style, int]:
     return styles
 
 
+def _fitted(screen: Any) -> tuple[int, int]:
+    """Height and width, as they are now: a signal that comes between two keys may have been missed."""
+    size = os.get_terminal_size(sys.stdout.fileno())
+    if (size.lines, size.columns) != screen.getmaxyx():
+        curses.resizeterm(size.lines, size.columns)
+    height, width = screen.getmaxyx()
+    return height, width
+
+
 def _draw(screen: Any, lines: list[Line], styles: dict[Style, int]) -> None:
     screen.erase()
     for number, line in enumerate(lines):
@@ -134,15 +143,13 @@ def _run(screen: Any, source: _Source, interval_s: float) -> None:
         if time.monotonic() >= due_s:
             source.read()
             due_s = max(due_s + interval_s, time.monotonic())
-        height, width = screen.getmaxyx()
+        height, width = _fitted(screen)
         _draw(screen, render(source.view, width, height), styles)
         screen.timeout(max(1, int(1000 * (due_s - time.monotonic()))))
         key = screen.getch()
         if key == ord("q"):
             return
-        if key == curses.KEY_RESIZE:
-            curses.update_lines_cols()
-        elif key != -1:
+        if key not in (-1, curses.KEY_RESIZE):
             source.view = _pressed(source.view, key, height)
 
 

@@ -49,7 +49,7 @@ def test_a_short_run_gives_every_figure_of_the_worker_path(
     )
 
     def new_lab() -> Lab:
-        place = tmp_path / "bench"
+        place = tmp_path / "b"  # short, for the sockets in it
         place.mkdir()
         return Lab(next(lab_prefixes), place)
 
