@@ -83,14 +83,14 @@ def assert_down(
 ) -> None:
     """After SIGTERM nothing is left; after SIGKILL only pins and files, until the next start.
 
-    A SIGTERM before Python could ask for it ends the process as signals do.
+    A SIGTERM before Python could ask for it ends the process as signals do, and then what an earlier round's
+    SIGKILL has left is still there.
     """
     status = supervisor.wait(limit_s)
-    if number == signal.SIGTERM:
-        assert status in (0, -signal.SIGTERM), supervisor.described()
+    assert status in (0, -number), supervisor.described()
+    if status == 0:
         assert lab.leftovers(topology.relay) == []
         return
-    assert status == -signal.SIGKILL
     kept = ("pin ", "file ")
     wait_until(
         lambda: all(line.startswith(kept) for line in lab.leftovers(topology.relay)),
