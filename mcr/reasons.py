@@ -38,7 +38,7 @@ RULE_DROPS: dict[str, tuple[str, str]] = {
     ),
     "no_worker": (
         "no worker drains the receive queue",
-        "see mcr status; if queues were added since the attach: mcr detach, then mcr attach",
+        "see mcr status; a worker is replaced by itself, and new receive queues are followed",
     ),
     "no_metadata": (
         "the driver leaves no room in front of the frame",
