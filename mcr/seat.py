@@ -274,12 +274,11 @@ class Seat:
             return
         self._close_ingress()
         worker.kill()
-        self.pending = f"its worker is being restarted: {cause}"
         await worker.end()
-        self.pending = f"its worker is being restarted: {worker.last_words or cause}"
-        await self._settle(self._told.rules, self._told.outputs)
         self._log.error("%s: worker %d: %s", self.name, worker.pid, cause)
         self._count_end(worker.last_words or cause)
+        self.pending = f"its worker is being restarted: {worker.last_words or cause}"
+        await self._settle(self._told.rules, self._told.outputs)
 
     def _count_end(self, cause: str) -> None:
         now_s = asyncio.get_running_loop().time()
