@@ -14,7 +14,7 @@
 /* Bumped whenever a struct, a limit or the meaning of a field changes: pinned state of another
  * version is refused, never guessed at. */
 enum mcr_version {
-	MCR_ABI_VERSION = 3,
+	MCR_ABI_VERSION = 4,
 };
 
 enum mcr_limit {
@@ -29,6 +29,7 @@ enum mcr_limit {
 	MCR_MAX_FRAGMENTED = 16384, /* datagrams whose later fragments are awaited */
 	MCR_MAX_EGRESS = 1024,	    /* egress interfaces of the kernel path, less one: bulk 0 means none */
 	MCR_MAX_FAN_OUTS = 4160,    /* a device map for each rule, and one to exchange on each interface */
+	MCR_FAN_OUT_SLOTS = 128,    /* of its outputs: a power of two, and no more than half of them used */
 	MCR_BULK_FRAMES = 16,	    /* DEV_MAP_BULK_SIZE of the kernel's devmap.c */
 	MCR_LATENCY_FIRST_BITS = 9, /* latency below 2^9 ns is not told apart */
 	MCR_LATENCY_STEP_BITS = 3,  /* 2^3 buckets for each octave */
@@ -136,17 +137,13 @@ struct mcr_kernel_output {
 	__u8 daddr[16];
 };
 
-/* The outputs that a rule sends to by one device map; the index is the fan-out. A fan-out never changes: a
- * rule whose outputs change gets another one, so that what was relayed by each is counted by itself. */
+/*
+ * The outputs that a rule sends to by one device map, each by another interface. An output is in the first slot from
+ * ifindex modulo MCR_FAN_OUT_SLOTS on that was free, since a devmap program is told only the interface. A fan-out
+ * never changes: a rule whose outputs change gets another one, so that what was relayed by each is counted by itself.
+ */
 struct mcr_fan_out {
-	__u32 count;
-	__u32 output_ids[MCR_MAX_OUTPUTS_PER_RULE];
-};
-
-/* Which output of a fan-out leaves by an interface: a devmap program is told only the interface. */
-struct mcr_egress_key {
-	__u32 fan_out;
-	__u32 ifindex;
+	__u32 output_ids[MCR_FAN_OUT_SLOTS]; /* 0: none */
 };
 
 /* A fragmented datagram (RFC 791, RFC 8200 section 4.5). The value is its destination port. */
@@ -407,6 +404,7 @@ struct mcr_reply {
 _Static_assert(MCR_MAX_XSKS == MCR_MAX_INTERFACES * MCR_MAX_QUEUES, "every queue has its slot");
 _Static_assert(MCR_LATENCY_BUCKETS == 1 + (32 - MCR_LATENCY_FIRST_BITS) * (1 << MCR_LATENCY_STEP_BITS),
 	       "every octave has its buckets");
+_Static_assert(2 * MCR_MAX_OUTPUTS_PER_RULE <= MCR_FAN_OUT_SLOTS, "struct mcr_fan_out");
 _Static_assert(sizeof(struct mcr_settings) == 16, "struct mcr_settings");
 _Static_assert(sizeof(struct mcr_rule_key) == 44, "struct mcr_rule_key");
 _Static_assert(sizeof(struct mcr_rule_value) == 32, "struct mcr_rule_value");

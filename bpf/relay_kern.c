@@ -37,9 +37,8 @@ BPF_F_TABLE("array", u32, struct mcr_worker_counters, worker_counters, MCR_MAX_W
 BPF_F_TABLE("array", u32, struct mcr_latency, rule_latency, MCR_MAX_RULES, BPF_F_MMAPABLE);
 /* Kernel path: what each output makes of a packet. */
 BPF_TABLE("array", u32, struct mcr_kernel_output, kernel_outputs, MCR_MAX_OUTPUTS);
-/* Kernel path: the outputs of a fan-out, its output by egress interface, and its devices, each map by itself. */
+/* Kernel path: the outputs of a fan-out, by egress interface, and its devices, each map by itself. */
 BPF_TABLE("array", u32, struct mcr_fan_out, fan_out_outputs, MCR_MAX_FAN_OUTS);
-BPF_TABLE("hash", struct mcr_egress_key, u32, egress_outputs, MCR_MAX_OUTPUTS);
 BPF_TABLE("devmap", u32, struct bpf_devmap_val, fan_out_shape, MCR_MAX_OUTPUTS_PER_RULE);
 BPF_ARRAY_OF_MAPS(fan_outs, "fan_out_shape", MCR_MAX_FAN_OUTS);
 /* What each fan-out relayed to every one of its outputs. */
@@ -323,7 +322,7 @@ static __always_inline int relay_to_worker(struct xdp_md *ctx, struct mcr_rule_s
  */
 static __always_inline int pseudo_sum(u8 *ip, u8 *udp, void *data_end, u16 *result)
 {
-	u32 rest = *(u16 *)(udp + 4) + __builtin_bswap16(MCR_PROTOCOL_UDP);
+	u32 rest = *(mcr_word16 *)(udp + 4) + mcr_swap16(MCR_PROTOCOL_UDP);
 
 	if (*ip >> 4 == 4) {
 		*result = mcr_fold(rest + mcr_sum(ip + 12, 4));
@@ -331,7 +330,7 @@ static __always_inline int pseudo_sum(u8 *ip, u8 *udp, void *data_end, u16 *resu
 	}
 	if ((void *)(ip + MCR_IPV6_LENGTH) > data_end)
 		return -1;
-	*result = mcr_fold(rest + (u64)bpf_csum_diff(0, 0, (__be32 *)(ip + 8), 32, 0));
+	*result = mcr_fold(rest + mcr_sum(ip + 8, 16));
 	return 0;
 }
 
@@ -496,6 +495,33 @@ static __always_inline int relay_to_one(struct xdp_md *ctx, struct mcr_rule_stat
 	return bpf_redirect(output->ifindex, 0);
 }
 
+/* clang would walk along the array by a pointer that the verifier cannot bound. */
+static __always_inline u32 output_in_slot(const struct mcr_fan_out *all, u32 slot)
+{
+	asm volatile("" : "+r"(slot));
+	return all->output_ids[slot & (MCR_FAN_OUT_SLOTS - 1)];
+}
+
+/* The output of a fan-out that leaves by an interface, nearly always in the first slot that is looked at. */
+static __always_inline struct mcr_kernel_output *find_output(u32 fan_out, u32 ifindex, u32 *output_id)
+{
+	struct mcr_fan_out *all = fan_out_outputs.lookup(&fan_out);
+
+	if (!all)
+		return NULL;
+	for (u32 i = 0; i < MCR_MAX_OUTPUTS_PER_RULE; i++) {
+		struct mcr_kernel_output *output;
+
+		*output_id = output_in_slot(all, ifindex + i);
+		if (!*output_id)
+			break;
+		output = kernel_outputs.lookup(output_id);
+		if (output && output->ifindex == ifindex)
+			return output;
+	}
+	return NULL;
+}
+
 /*
  * The kernel leaves out, without a word, every device whose MTU the frame exceeds by more than its slack for
  * a VLAN tag. Those outputs' drops are counted here; the egress program counts the rest.
@@ -507,13 +533,12 @@ static __always_inline void count_left_out(struct xdp_md *ctx, const struct mcr_
 
 	if (!all)
 		return;
-	for (int i = 0; i < MCR_MAX_OUTPUTS_PER_RULE; i++) {
+	for (u32 i = 0; i < MCR_FAN_OUT_SLOTS; i++) {
+		u32 output_id = output_in_slot(all, i);
 		struct mcr_kernel_output *output;
-		u32 output_id;
 
-		if (i >= all->count)
-			break;
-		output_id = all->output_ids[i];
+		if (!output_id)
+			continue;
 		output = kernel_outputs.lookup(&output_id);
 		if (!output || frame_length <= output->mtu + MCR_ETHERNET_LENGTH + MCR_VLAN_LENGTH)
 			continue;
@@ -569,8 +594,7 @@ int mcr_egress(struct xdp_md *ctx)
 	struct mcr_metadata *left = (void *)(long)ctx->data_meta, metadata;
 	struct traced_metadata *traced_left = (void *)left;
 	struct mcr_kernel_output *output;
-	struct mcr_egress_key key = {};
-	u32 output_id, *found;
+	u32 output_id;
 	int reason = MCR_OUTPUT_DROP_SEND_ERROR;
 	u64 traced_ns = 0;
 
@@ -584,13 +608,7 @@ int mcr_egress(struct xdp_md *ctx)
 	} else if (metadata.flags & MCR_METADATA_TRACED) {
 		traced_egress.call(ctx, 0); /* its twin, compiled with MCR_TRACED */
 	}
-	key.fan_out = metadata.fan_out;
-	key.ifindex = ctx->egress_ifindex;
-	found = egress_outputs.lookup(&key);
-	if (!found)
-		return XDP_DROP;
-	output_id = *found;
-	output = kernel_outputs.lookup(&output_id);
+	output = find_output(metadata.fan_out, ctx->egress_ifindex, &output_id);
 	if (!output)
 		return XDP_DROP;
 	if (metadata.ip_offset > MCR_MAX_IP_OFFSET)

@@ -18,10 +18,9 @@ enum {
 
 enum { MCR_REWRITTEN = -1 };
 
-static __always_inline __u16 mcr_fold(__u64 sum)
+/* A sum of 16-bit words, or of sums of such words, in ones' complement (RFC 1071). */
+static __always_inline __u16 mcr_fold(__u32 sum)
 {
-	sum = (sum & 0xffffffff) + (sum >> 32);
-	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
 	return (__u16)sum;
@@ -29,56 +28,57 @@ static __always_inline __u16 mcr_fold(__u64 sum)
 
 static __always_inline void mcr_store_u16(void *to, __u16 value)
 {
-	__u8 *bytes = to;
-
-	bytes[0] = value >> 8;
-	bytes[1] = value & 0xff;
-}
-
-/* A checksum field after words that summed to `before` have been replaced by words that sum to `after`. */
-static __always_inline __u16 mcr_update_checksum(__u16 field, __u16 before, __u16 after)
-{
-	return (__u16)~mcr_fold((__u64)(__u16)~field + (__u16)~before + after);
+	*(mcr_word16 *)to = mcr_swap16(value);
 }
 
 /* The sum of 16-bit words in memory order, which a checksum may be made of in any byte order (RFC 1071). */
-static __always_inline __u16 mcr_sum(const void *from, int words)
+static __always_inline __u32 mcr_sum(const void *from, int words)
 {
-	const __u16 *word = from;
+	const mcr_word16 *word = from;
 	__u32 sum = 0;
 
 #pragma GCC unroll 20
 	for (int i = 0; i < words; i++)
 		sum += word[i];
-	return mcr_fold(sum);
+	return sum;
+}
+
+enum { MCR_NO_CHANGE = 0xffff * 32 }; /* zero in ones' complement, and more than any sum of 32 words */
+
+/* What replacing words that sum to `before` by words that sum to `after`, 32 at the most, adds to a sum of them. */
+static __always_inline __u32 mcr_change(__u32 before, __u32 after)
+{
+	return after + MCR_NO_CHANGE - before;
+}
+
+/* A checksum field after a change of the words that it covers (RFC 1624). */
+static __always_inline __u16 mcr_update_checksum(__u16 field, __u32 change)
+{
+	return (__u16)~mcr_fold((__u16)~field + change);
 }
 
 /*
  * The UDP checksum field: zero, which is none, stays zero (RFC 768, RFC 6936), a partial one is the plain sum
- * of the pseudo header, whose ports the device adds later.
+ * of the pseudo header, whose ports the device adds later. change: of the addresses.
  */
-static __always_inline void mcr_update_udp(__u8 *udp, const struct mcr_metadata *metadata,
-					   __u16 addresses_before, __u16 addresses_after, bool keep_port,
-					   __u16 dport)
+static __always_inline void mcr_update_udp(__u8 *udp, const struct mcr_metadata *metadata, __u32 change,
+					   const struct mcr_kernel_output *output)
 {
-	__u16 *check = (__u16 *)(udp + 6), before = addresses_before, after = addresses_after;
-	__u16 port_before = *(__u16 *)(udp + 2), port_after = port_before;
+	mcr_word16 *port = (mcr_word16 *)(udp + 2), *check = (mcr_word16 *)(udp + 6);
+	__u16 field = *check, port_before = *port, port_after = port_before;
 
-	if (!keep_port) {
-		mcr_store_u16(udp + 2, dport);
-		port_after = *(__u16 *)(udp + 2);
+	if (!(output->flags & MCR_OUTPUT_KEEP_PORT)) {
+		port_after = mcr_swap16(output->dport);
+		*port = port_after;
 	}
 	if (metadata->flags & MCR_METADATA_PARTIAL) {
-		*check = mcr_fold((__u64)*check + (__u16)~before + after);
+		*check = mcr_fold(field + change);
 		return;
 	}
-	if (!*check)
+	if (!field)
 		return;
-	before = mcr_fold((__u32)before + port_before);
-	after = mcr_fold((__u32)after + port_after);
-	*check = mcr_update_checksum(*check, before, after);
-	if (!*check)
-		*check = 0xffff; /* zero would say that there is none */
+	field = mcr_update_checksum(field, change + mcr_change(port_before, port_after));
+	*check = field ? field : 0xffff; /* zero would say that there is none */
 }
 
 static __always_inline __u8 mcr_new_tos(const struct mcr_kernel_output *output, __u8 tos)
@@ -93,30 +93,47 @@ static __always_inline __u8 mcr_new_ttl(const struct mcr_kernel_output *output, 
 	return output->flags & MCR_OUTPUT_DECREMENT_TTL ? ttl - 1 : output->ttl;
 }
 
+/* Puts addresses of so many 32-bit words in place, and returns what that changes in a sum. */
+static __always_inline __u32 mcr_rewrite_addresses(__u8 *from, const struct mcr_kernel_output *output, int words)
+{
+	const __u8 *saddr = output->saddr + 16 - 4 * words, *daddr = output->daddr + 16 - 4 * words;
+	__u8 *to = from + 4 * words;
+	__u32 before = mcr_sum(to, 2 * words), after = mcr_sum(daddr, 2 * words);
+
+	mcr_copy_words(to, daddr, words);
+	if (!(output->flags & MCR_OUTPUT_PRESERVE_SOURCE)) {
+		before += mcr_sum(from, 2 * words);
+		after += mcr_sum(saddr, 2 * words);
+		mcr_copy_words(from, saddr, words);
+	}
+	return mcr_change(before, after);
+}
+
 static __always_inline int mcr_rewrite_ipv4(void *data, void *data_end, const struct mcr_metadata *metadata,
 					    const struct mcr_kernel_output *output, __u32 ip_offset)
 {
 	__u8 *ip = (__u8 *)data + ip_offset, *udp;
-	__u16 before, after, header_before, header_after;
+	__u16 first, first_after, hops, hops_after; /* version, length and TOS; TTL and protocol */
+	mcr_word16 *check = (mcr_word16 *)(ip + 10);
+	__u32 change;
 
 	if ((void *)(ip + 20) > data_end)
 		return MCR_DROP_TRUNCATED;
-	before = mcr_sum(ip + 12, 4);
-	header_before = mcr_fold((__u32)before + *(__u16 *)ip + *(__u16 *)(ip + 8));
-	ip[1] = mcr_new_tos(output, ip[1]);
-	ip[8] = mcr_new_ttl(output, ip[8]);
-	if (!(output->flags & MCR_OUTPUT_PRESERVE_SOURCE))
-		__builtin_memcpy(ip + 12, output->saddr + 12, 4);
-	__builtin_memcpy(ip + 16, output->daddr + 12, 4);
-	after = mcr_sum(ip + 12, 4);
-	header_after = mcr_fold((__u32)after + *(__u16 *)ip + *(__u16 *)(ip + 8));
-	*(__u16 *)(ip + 10) = mcr_update_checksum(*(__u16 *)(ip + 10), header_before, header_after);
+	first = mcr_load_u16(ip);
+	first_after = (first & 0xff00) | mcr_new_tos(output, first);
+	hops = mcr_load_u16(ip + 8);
+	hops_after = (hops & 0xff) | mcr_new_ttl(output, hops >> 8) << 8;
+	mcr_store_u16(ip, first_after);
+	mcr_store_u16(ip + 8, hops_after);
+	change = mcr_rewrite_addresses(ip + 12, output, 1);
+	*check = mcr_update_checksum(*check, change + mcr_change(mcr_swap16(first) + mcr_swap16(hops),
+								 mcr_swap16(first_after) + mcr_swap16(hops_after)));
 	if (metadata->flags & MCR_METADATA_LATER_FRAGMENT)
 		return MCR_REWRITTEN;
-	udp = ip + (ip[0] & 0x0f) * 4;
+	udp = ip + (first >> 8 & 0x0f) * 4;
 	if ((void *)(udp + MCR_UDP_LENGTH) > data_end)
 		return MCR_DROP_TRUNCATED;
-	mcr_update_udp(udp, metadata, before, after, output->flags & MCR_OUTPUT_KEEP_PORT, output->dport);
+	mcr_update_udp(udp, metadata, change, output);
 	return MCR_REWRITTEN;
 }
 
@@ -125,25 +142,21 @@ static __always_inline int mcr_rewrite_ipv6(void *data, void *data_end, const st
 					    __u32 udp_offset)
 {
 	__u8 *ip = (__u8 *)data + ip_offset, *udp;
-	__u16 before, after;
-	__u8 tos;
+	__u16 first; /* version, traffic class, and the start of the flow label */
+	__u32 change;
 
 	if ((void *)(ip + MCR_IPV6_LENGTH) > data_end)
 		return MCR_DROP_TRUNCATED;
-	before = mcr_sum(ip + 8, 16);
-	tos = mcr_new_tos(output, (__u8)(mcr_load_u16(ip) >> 4));
-	mcr_store_u16(ip, (mcr_load_u16(ip) & 0xf00f) | tos << 4);
+	first = mcr_load_u16(ip);
+	mcr_store_u16(ip, (first & 0xf00f) | mcr_new_tos(output, (__u8)(first >> 4)) << 4);
 	ip[7] = mcr_new_ttl(output, ip[7]);
-	if (!(output->flags & MCR_OUTPUT_PRESERVE_SOURCE))
-		__builtin_memcpy(ip + 8, output->saddr, 16);
-	__builtin_memcpy(ip + 24, output->daddr, 16);
-	after = mcr_sum(ip + 8, 16);
+	change = mcr_rewrite_addresses(ip + 8, output, 4);
 	if (metadata->flags & MCR_METADATA_LATER_FRAGMENT)
 		return MCR_REWRITTEN;
 	udp = (__u8 *)data + udp_offset;
 	if ((void *)(udp + MCR_UDP_LENGTH) > data_end)
 		return MCR_DROP_TRUNCATED;
-	mcr_update_udp(udp, metadata, before, after, output->flags & MCR_OUTPUT_KEEP_PORT, output->dport);
+	mcr_update_udp(udp, metadata, change, output);
 	return MCR_REWRITTEN;
 }
 
@@ -155,8 +168,7 @@ static __always_inline int mcr_rewrite_ethernet(void *data, void *data_end,
 
 	if ((void *)(ethernet + MCR_ETHERNET_LENGTH) > data_end)
 		return MCR_DROP_TRUNCATED;
-	__builtin_memcpy(ethernet, output->mac_destination, 6);
-	__builtin_memcpy(ethernet + 6, output->mac_source, 6);
+	mcr_copy_words(ethernet, output->mac_destination, 3); /* and mac_source behind it */
 	if (!output->vlan) {
 		mcr_store_u16(ethernet + 12, ethertype);
 		return MCR_REWRITTEN;

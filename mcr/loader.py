@@ -38,7 +38,6 @@ MAP_NAMES = (
     "rule_latency",
     "kernel_outputs",
     "fan_out_outputs",
-    "egress_outputs",
     "fan_outs",
     "output_stats",
     "fragments",

@@ -21,7 +21,7 @@ from mcr.stream import Address, Stream
 
 MAX_RULES: int = lib.MCR_MAX_RULES
 MAX_OUTPUTS: int = lib.MCR_MAX_OUTPUTS
-MAX_OUTPUTS_PER_RULE: int = lib.MCR_MAX_OUTPUTS_PER_RULE
+FAN_OUT_SLOTS: int = lib.MCR_FAN_OUT_SLOTS
 MAX_EGRESS: int = lib.MCR_MAX_EGRESS
 MAX_FAN_OUTS: int = lib.MCR_MAX_FAN_OUTS
 MAX_INTERFACES: int = lib.MCR_MAX_INTERFACES
@@ -142,6 +142,17 @@ def _check(status: int, what: str) -> None:
         raise McrError(f"cannot {what}: {os.strerror(-status)}", "see the kernel's log, and restart MCR")
 
 
+def _by_interface(outputs: Sequence[tuple[int, int]]) -> list[int]:
+    """(output_id, ifindex) pairs in the slots of a `struct mcr_fan_out`."""
+    slots = [0] * FAN_OUT_SLOTS
+    for output_id, ifindex in outputs:
+        slot = ifindex % FAN_OUT_SLOTS
+        while slots[slot]:
+            slot = (slot + 1) % FAN_OUT_SLOTS
+        slots[slot] = output_id
+    return slots
+
+
 def _numbers(array: Any, count: int) -> list[int]:
     """An array of structs of __u64, flat."""
     numbers: list[int] = ffi.unpack(ffi.cast("uint64_t *", array), count)
@@ -245,14 +256,9 @@ class Maps:
         kind of map the kernel waits for all running programs (kernel/bpf/syscall.c, maybe_wait_bpf_programs).
         """
         key = ffi.new("__u32 *", fan_out)
-        output_ids = [output_id for output_id, _ in outputs]
-        listed = {"count": len(outputs), "output_ids": output_ids}
-        self._update("fan_out_outputs", key, ffi.new("struct mcr_fan_out *", listed))
+        self._update("fan_out_outputs", key, ffi.new("struct mcr_fan_out *", [_by_interface(outputs)]))
         self._update("fan_out_relayed", key, ffi.new("__u64[]", self._cpus))
-        for output_id, ifindex in outputs:
-            egress = ffi.new("struct mcr_egress_key *", [fan_out, ifindex])
-            self._update("egress_outputs", egress, ffi.new("__u32 *", output_id))
-        devices = int(lib.mcr_create_fan_out(MAX_OUTPUTS_PER_RULE))
+        devices = int(lib.mcr_create_fan_out(len(outputs)))  # the kernel walks along all slots for each packet
         _check(devices, "create a device map")
         try:
             for slot, (_, ifindex) in enumerate(outputs):
@@ -263,13 +269,12 @@ class Maps:
             self._update("fan_outs", key, ffi.new("int *", devices))
         finally:
             os.close(devices)
-        self._list_fan_out(fan_out, output_ids)
+        self._list_fan_out(fan_out, [output_id for output_id, _ in outputs])
 
-    def retire_fan_out(self, fan_out: int, interfaces: Iterable[int]) -> list[int]:
+    def retire_fan_out(self, fan_out: int) -> list[int]:
         """Takes away a fan-out that no rule names any more; what it relayed goes to its outputs' account.
 
-        interfaces: the indices of those that it sends by. Returns its output_ids. As in create_fan_out, no
-        packet can use it any more after the first step.
+        Returns its output_ids. As in create_fan_out, no packet can use it any more after the first step.
         """
         key = ffi.new("__u32 *", fan_out)
         lib.bpf_map_delete_elem(self._fds["fan_outs"], key)
@@ -281,28 +286,17 @@ class Maps:
                 left = tuple(other for other in self._fan_outs_of.get(output_id, ()) if other != fan_out)
                 self._fan_outs_of[output_id] = left
             self._update("fan_out_outputs", key, ffi.new("struct mcr_fan_out *"))
-        for ifindex in interfaces:
-            egress = ffi.new("struct mcr_egress_key *", [fan_out, ifindex])
-            lib.bpf_map_delete_elem(self._fds["egress_outputs"], egress)
         return output_ids
 
     def fan_outs(self) -> list[int]:
         """Those that are in place."""
         return [fan_out for fan_out in range(1, MAX_FAN_OUTS) if self._outputs_of(fan_out)]
 
-    def fan_out_interfaces(self) -> dict[int, list[int]]:
-        """By fan-out: the indices of the interfaces that it sends by."""
-        found: dict[int, list[int]] = {}
-        for key in self._keys("egress_outputs", "struct mcr_egress_key"):
-            entry = ffi.cast("struct mcr_egress_key *", ffi.from_buffer(key))
-            found.setdefault(int(entry.fan_out), []).append(int(entry.ifindex))
-        return found
-
     def _outputs_of(self, fan_out: int) -> list[int]:
         value = ffi.new("struct mcr_fan_out *")
         status = lib.bpf_map_lookup_elem(self._fds["fan_out_outputs"], ffi.new("__u32 *", fan_out), value)
         _check(status, "read the map fan_out_outputs")
-        return [int(value.output_ids[slot]) for slot in range(value.count)]
+        return [int(output_id) for output_id in value.output_ids if output_id]
 
     def _relayed_by(self, fan_out: int) -> int:
         per_cpu = ffi.new("__u64[]", self._cpus)

@@ -9,7 +9,7 @@ This module must never decide what a rule is; `desired.py` does.
 
 import asyncio
 import socket
-from collections.abc import Iterable, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 from mcr._bpf import ffi, lib
@@ -39,10 +39,6 @@ class FanOut:
     number: int
     outputs: list[tuple[int, int]]
 
-    def used(self) -> tuple[int, list[int]]:
-        """The number, and the interfaces by index."""
-        return self.number, [ifindex for _, ifindex in self.outputs]
-
 
 class RuleMaps:
     """What is in the maps for the rules. `resting`: the outputs of retired fan-outs."""
@@ -51,8 +47,7 @@ class RuleMaps:
         self._maps = maps
         self.resting = Resting(maps)
         self._free = IdPool(MAX_FAN_OUTS)
-        interfaces = maps.fan_out_interfaces()
-        self._left = {fan_out: interfaces.get(fan_out, []) for fan_out in maps.fan_outs()}
+        self._left = maps.fan_outs()
         for fan_out in self._left:
             self._free.reserve(fan_out)
         self._fan_outs: dict[int, FanOut] = {}  # by rule_id
@@ -94,12 +89,12 @@ class RuleMaps:
     def delete(self, rule: RuleSpec) -> None:
         self._maps.delete_rule(ffi.from_buffer(rule.key))
         if rule.rule_id in self._fan_outs:
-            self._retire(*self._fan_outs.pop(rule.rule_id).used())
+            self._retire(self._fan_outs.pop(rule.rule_id).number)
 
     def drop_left(self) -> None:
         """Retires what an earlier supervisor left, once its rules have been replaced or deleted."""
-        for fan_out, interfaces in self._left.items():
-            self._retire(fan_out, interfaces)
+        for fan_out in self._left:
+            self._retire(fan_out)
         self._left.clear()
 
     def watch(self) -> None:
@@ -133,7 +128,7 @@ class RuleMaps:
         if before is not None and before.key != rule.key:
             self._maps.delete_rule(ffi.from_buffer(before.key))
         if old_fan_out is not None and old_fan_out.number != fan_out:
-            self._retire(*old_fan_out.used())
+            self._retire(old_fan_out.number)
 
     def _fan_out(self, pairs: list[tuple[int, int]], old: "FanOut | None") -> "FanOut":
         if old is not None and old.outputs == pairs:
@@ -142,8 +137,8 @@ class RuleMaps:
         self._maps.create_fan_out(fan_out, pairs)
         return FanOut(fan_out, pairs)
 
-    def _retire(self, fan_out: int, interfaces: Iterable[int]) -> None:
-        self.resting.watch(self._maps.retire_fan_out(fan_out, interfaces))
+    def _retire(self, fan_out: int) -> None:
+        self.resting.watch(self._maps.retire_fan_out(fan_out))
         self._free.give(fan_out)
 
     def _set_output(self, output: KernelOutputSpec) -> None:

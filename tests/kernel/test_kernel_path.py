@@ -591,7 +591,7 @@ def test_a_rule_of_several_outputs_hands_the_frame_on_untouched_with_metadata(
         relay.add_kernel_rule(RULE, stream(family), 0, smallest_mtu=LARGE, fan_out=FAN_OUT)
         result = relay.run(PACKET[family].frame())
     finally:
-        relay.maps.retire_fan_out(FAN_OUT, [ifindex for _, ifindex in outputs])
+        relay.maps.retire_fan_out(FAN_OUT)
     assert (result.verdict, result.frame) == (Verdict.REDIRECT, PACKET[family].frame())
     assert result.metadata is not None
     assert (result.metadata.rule_id, result.metadata.ttl, result.metadata.tos) == (RULE, 17, 0xB9)
@@ -611,6 +611,6 @@ def test_a_frame_that_the_kernel_leaves_out_is_counted_as_too_large_by_those_out
         assert (relay.sent(OUTPUT), relay.sent(OTHER_OUTPUT)) == (Sent(), Sent())
         relay.run(replace(PACKET[4], payload=bytes(1000 - 28 + 5)).frame())
     finally:
-        relay.maps.retire_fan_out(FAN_OUT, [ifindex for _, ifindex in outputs])
+        relay.maps.retire_fan_out(FAN_OUT)
     assert (relay.sent(OUTPUT), relay.sent(OTHER_OUTPUT)) == (Sent(0, 0, {"too_large": 1}), Sent())
     assert relay.counted(RULE).relayed_packets == 3

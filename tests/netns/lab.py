@@ -162,15 +162,18 @@ class Lab:
         mtu: int = 1500,
         queues: int = 1,
         gro: bool | None = None,
+        index_a: int | None = None,
     ) -> None:
         """Joins two namespaces by a veth pair, up and with carrier on both ends.
 
         addresses: with prefix length, of either family. mtu: bytes. queues: receive and transmit queues of
-        each end. gro: generic receive offload of both ends, None for the driver's default.
+        each end. gro: generic receive offload of both ends, None for the driver's default. index_a: of
+        interface_a, None for the kernel's choice.
         """
         settings = f"mtu {mtu} numrxqueues {queues} numtxqueues {queues}"
+        index = "" if index_a is None else f"index {index_a}"
         _checked(
-            f"ip link add name {interface_a} {settings} netns {a.name} type veth"
+            f"ip link add name {interface_a} {index} {settings} netns {a.name} type veth"
             f" peer name {interface_b} {settings} netns {b.name}".split()
         )
         ends = ((a, interface_a, addresses_a), (b, interface_b, addresses_b))

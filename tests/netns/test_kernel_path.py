@@ -14,6 +14,7 @@ from ipaddress import IPv4Address
 import pytest
 
 from mcr.control import ControlClient
+from mcr.maps import FAN_OUT_SLOTS
 from mcr.traffic.source import payload
 from tests.kernel.packets import CUSTOMER_TAG, IPV4, ethernet, ipv4, udp
 from tests.netns.flows import (
@@ -51,10 +52,13 @@ class Network:
     sinks: tuple[Namespace, ...]
 
 
-def fan_out(lab: Lab, count: int, *, mtu: int = 1500, mark: str = "") -> Network:
+def fan_out(
+    lab: Lab, count: int, *, mtu: int = 1500, mark: str = "", indices: Sequence[int | None] = (None,) * 64
+) -> Network:
     """One network in, count networks out, each with an interface of the relay and a host of its own.
 
-    mark: what makes the names of the namespaces differ from those of another such network.
+    mark: what makes the names of the namespaces differ from those of another such network. indices: of the
+    outputs, None for the kernel's choice.
 
      src                          relay                            d0, d1, ...
     +--------------+             +----------------------+         +---------------+
@@ -72,13 +76,15 @@ def fan_out(lab: Lab, count: int, *, mtu: int = 1500, mark: str = "") -> Network
     sinks = []
     for number in range(count):
         sinks.append(lab.namespace(f"d{number}{mark}"))
-        add_output(lab, relay, sinks[-1], number, mtu=mtu)
+        add_output(lab, relay, sinks[-1], number, mtu=mtu, index=indices[number])
     return Network(src, relay, tuple(sinks))
 
 
-def add_output(lab: Lab, relay: Namespace, sink: Namespace, number: int, *, mtu: int = 1500) -> None:
+def add_output(
+    lab: Lab, relay: Namespace, sink: Namespace, number: int, *, mtu: int = 1500, index: int | None = None
+) -> None:
     lab.veth(
-        relay, f"out{number}", sink, "eth0", mtu=mtu, gro=True,
+        relay, f"out{number}", sink, "eth0", mtu=mtu, gro=True, index_a=index,
         addresses_a=(f"10.2.{number}.1/24", f"fd02:{number}::1/64"),
         addresses_b=(f"10.2.{number}.2/24", f"fd02:{number}::2/64"),
     )  # fmt: skip
@@ -150,6 +156,15 @@ def test_a_stream_to_several_outputs_arrives_whole_at_each(lab: Lab, count: int,
     lab.supervisor(network.relay, config=config(("cam", GROUP_IN, outputs(count))))
     assert paths(lab, network.relay) == {"kernel"}
     relay_to_all(lab, network, 2 * rate, "--rate", str(rate))
+    assert_nothing_lost_on_the_way(lab, network.relay)
+
+
+def test_interfaces_whose_indices_want_the_same_slot_each_get_what_is_theirs(lab: Lab) -> None:
+    """The egress program finds a clone's output by the interface's index, modulo the slots of a fan-out."""
+    network = fan_out(lab, 4, indices=[1000, 1000 + FAN_OUT_SLOTS, 1001, 1000 + 2 * FAN_OUT_SLOTS])
+    lab.supervisor(network.relay, config=config(("cam", GROUP_IN, outputs(4))))
+    assert paths(lab, network.relay) == {"kernel"}
+    relay_to_all(lab, network, 10_000, "--rate", "20000")
     assert_nothing_lost_on_the_way(lab, network.relay)
 
 
