@@ -94,7 +94,8 @@ static __always_inline __u8 mcr_new_ttl(const struct mcr_kernel_output *output, 
 }
 
 /* Puts addresses of so many 32-bit words in place, and returns what that changes in a sum. */
-static __always_inline __u32 mcr_rewrite_addresses(__u8 *from, const struct mcr_kernel_output *output, int words)
+static __always_inline __u32 mcr_rewrite_addresses(__u8 *from, const struct mcr_kernel_output *output,
+						   int words)
 {
 	const __u8 *saddr = output->saddr + 16 - 4 * words, *daddr = output->daddr + 16 - 4 * words;
 	__u8 *to = from + 4 * words;
@@ -126,8 +127,9 @@ static __always_inline int mcr_rewrite_ipv4(void *data, void *data_end, const st
 	mcr_store_u16(ip, first_after);
 	mcr_store_u16(ip + 8, hops_after);
 	change = mcr_rewrite_addresses(ip + 12, output, 1);
-	*check = mcr_update_checksum(*check, change + mcr_change(mcr_swap16(first) + mcr_swap16(hops),
-								 mcr_swap16(first_after) + mcr_swap16(hops_after)));
+	*check = mcr_update_checksum(*check,
+				     change + mcr_change(mcr_swap16(first) + mcr_swap16(hops),
+							 mcr_swap16(first_after) + mcr_swap16(hops_after)));
 	if (metadata->flags & MCR_METADATA_LATER_FRAGMENT)
 		return MCR_REWRITTEN;
 	udp = ip + (first >> 8 & 0x0f) * 4;

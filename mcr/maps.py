@@ -8,7 +8,7 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Any, Self
@@ -258,7 +258,9 @@ class Maps:
         key = ffi.new("__u32 *", fan_out)
         self._update("fan_out_outputs", key, ffi.new("struct mcr_fan_out *", [_by_interface(outputs)]))
         self._update("fan_out_relayed", key, ffi.new("__u64[]", self._cpus))
-        devices = int(lib.mcr_create_fan_out(len(outputs)))  # the kernel walks along all slots for each packet
+        devices = int(
+            lib.mcr_create_fan_out(len(outputs))
+        )  # the kernel walks along all slots for each packet
         _check(devices, "create a device map")
         try:
             for slot, (_, ifindex) in enumerate(outputs):

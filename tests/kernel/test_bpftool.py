@@ -5,7 +5,6 @@ import subprocess
 from typing import Any
 
 import pytest
-from mcr._bpf import ffi
 
 from mcr.loader import MAP_NAMES, pin_dir
 from mcr.stream import Stream
