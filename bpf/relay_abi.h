@@ -166,6 +166,8 @@ struct mcr_egress_device {
 /* The frames on their way to one device on one CPU, in order, until the kernel tells what became of them.
  * One more than a bulk: the frame in hand, whose coming makes the kernel flush the full bulk. */
 struct mcr_bulk {
+	__u64 begun_ns; /* CLOCK_MONOTONIC to a tick, when the first of them came */
+	__u32 ifindex;	/* of the device */
 	__u32 count;
 	__u32 frames[MCR_BULK_FRAMES + 1]; /* output_id << 16 | payload length */
 };

@@ -54,10 +54,12 @@ BPF_TABLE("percpu_array", u32, struct mcr_bulk, bulks, MCR_MAX_EGRESS);
 BPF_F_TABLE("array", u32, struct mcr_rule_counters, settled_rules, MCR_MAX_RULES, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct mcr_output_counters, settled_outputs, MCR_MAX_OUTPUTS, BPF_F_MMAPABLE);
 
-/* Whose packet this CPU redirects at the moment: a tracepoint that tells of a failure does not say. */
+/* What this CPU does at the moment, which the tracepoints do not say. */
 struct in_hand {
-	u32 rule_id;
+	u32 rule_id; /* of the packet that was redirected last */
 	u32 output_id;
+	u32 bulk; /* the last one that was begun */
+	u32 open; /* bulks that hold frames */
 };
 BPF_TABLE("percpu_array", u32, struct in_hand, hands, 1);
 
@@ -124,10 +126,16 @@ static __always_inline struct mcr_rule_value *find_rule(struct xdp_md *ctx, cons
 	return rule;
 }
 
-static __always_inline int drop(struct mcr_rule_stats *stats, u32 reason)
+static __always_inline void count_drop(struct mcr_rule_stats *stats, u32 reason)
 {
 	if (reason < MCR_DROP_REASONS)
 		stats->dropped[reason]++;
+}
+
+static __always_inline int drop(struct mcr_rule_stats *stats, u32 reason)
+{
+	stats->last_seen_ns = bpf_ktime_get_coarse_ns();
+	count_drop(stats, reason);
 	return XDP_DROP | (MCR_TRACED ? (reason + 1) << VERDICT_REASON : 0);
 }
 
@@ -149,23 +157,51 @@ static __always_inline void count_sent(u32 output_id, u16 payload_length)
 	stats->sent_bytes += payload_length;
 }
 
-/* Remembers a frame on its way to a device; mcr_devmap_xmit counts it when the device has taken it, or not. */
-static __always_inline void log_frame(u32 bulk_index, u32 output_id, u16 payload_length)
+static __always_inline void begin_bulk(struct mcr_bulk *bulk, u32 index, u32 ifindex)
 {
-	struct mcr_bulk *bulk = bulks.lookup(&bulk_index);
-	u32 count;
+	u32 zero = 0;
+	struct in_hand *hand = hands.lookup(&zero);
 
-	if (!bulk_index) { /* there were no more than MCR_MAX_EGRESS interfaces to account for */
+	bulk->begun_ns = bpf_ktime_get_coarse_ns();
+	bulk->ifindex = ifindex;
+	if (!hand)
+		return;
+	hand->bulk = index;
+	hand->open++;
+}
+
+static __always_inline void end_bulk(struct mcr_bulk *bulk)
+{
+	u32 zero = 0;
+	struct in_hand *hand = hands.lookup(&zero);
+
+	bulk->count = 0;
+	if (hand)
+		hand->open--;
+}
+
+/*
+ * Remembers a frame on its way to a device; mcr_devmap_xmit counts it when the device has taken it, or not. Returns
+ * CLOCK_MONOTONIC to a tick, which is read once for each bulk.
+ */
+static __always_inline u64 log_frame(const struct mcr_kernel_output *output, u32 output_id,
+				     u16 payload_length)
+{
+	u32 index = output->bulk, count;
+	struct mcr_bulk *bulk = bulks.lookup(&index);
+
+	if (!index || !bulk) { /* there were no more than MCR_MAX_EGRESS interfaces to account for */
 		count_sent(output_id, payload_length);
-		return;
+		return bpf_ktime_get_coarse_ns();
 	}
-	if (!bulk)
-		return;
 	count = bulk->count;
 	if (count > MCR_BULK_FRAMES)
-		return; /* never so: the kernel flushes a full bulk */
+		return bulk->begun_ns; /* never so: the kernel flushes a full bulk */
+	if (!count)
+		begin_bulk(bulk, index, output->ifindex);
 	bulk->frames[count] = output_id << 16 | payload_length;
 	bulk->count = count + 1;
+	return bulk->begun_ns;
 }
 
 static __always_inline void fill_metadata(struct mcr_metadata *metadata, const struct mcr_packet *packet,
@@ -302,6 +338,7 @@ static __always_inline int relay_to_worker(struct xdp_md *ctx, struct mcr_rule_s
 	struct in_hand *hand;
 	int action;
 
+	stats->last_seen_ns = metadata->rx_time_ns;
 	if (leave_metadata(ctx, metadata))
 		return drop(stats, MCR_DROP_NO_METADATA);
 	action = xsks.redirect_map(xsk, XDP_DROP); /* XDP_DROP comes back when the map has no socket there */
@@ -478,19 +515,23 @@ static __always_inline int relay_to_one(struct xdp_md *ctx, struct mcr_rule_stat
 		reason = MCR_OUTPUT_DROP_SEND_ERROR;
 	if (traced_ns)
 		tap_output(ctx, metadata, traced_ns, output_id, output, reason);
+	if (reason == MCR_REWRITTEN && !fan_out && !(rule->flags & MCR_RULE_GENERIC)) {
+		stats->last_seen_ns = log_frame(output, output_id, packet->payload_length);
+		return bpf_redirect(output->ifindex, 0);
+	}
+	stats->last_seen_ns = bpf_ktime_get_coarse_ns();
 	if (reason != MCR_REWRITTEN) {
 		drop_output(output_id, reason);
 		return XDP_DROP;
 	}
 	if (rule->flags & MCR_RULE_GENERIC) {
 		count_generic(output_id, packet->payload_length);
-	} else if (fan_out) {
+	} else {
 		void *devices = fan_outs.lookup(&fan_out);
 
 		count_sent(output_id, packet->payload_length);
-		return devices ? redirect_to(devices, 0, 0) : bpf_redirect(output->ifindex, 0);
-	} else {
-		log_frame(output->bulk, output_id, packet->payload_length);
+		if (devices)
+			return redirect_to(devices, 0, 0);
 	}
 	return bpf_redirect(output->ifindex, 0);
 }
@@ -563,6 +604,7 @@ static __always_inline int relay_to_many(struct xdp_md *ctx, struct mcr_rule_sta
 			    MCR_DROP_OVERSIZE); /* the kernel cannot clone a frame of several buffers */
 	if (traced_ns ? leave_traced_metadata(ctx, metadata, traced_ns) : leave_metadata(ctx, metadata))
 		return drop(stats, MCR_DROP_NO_METADATA);
+	stats->last_seen_ns = bpf_ktime_get_coarse_ns();
 	stats->relayed_packets++;
 	stats->relayed_bytes += metadata->payload_length;
 	*relayed += 1;
@@ -623,7 +665,7 @@ int mcr_egress(struct xdp_md *ctx)
 	if (traced_ns)
 		tap_output(ctx, &metadata, traced_ns, output_id, output, reason);
 	if (reason == MCR_REWRITTEN) {
-		log_frame(output->bulk, output_id, metadata.payload_length);
+		log_frame(output, output_id, metadata.payload_length);
 		return XDP_PASS; /* in a devmap program: send */
 	}
 	drop_output(output_id, reason);
@@ -698,7 +740,7 @@ static __always_inline void count_refused(const struct in_hand *hand, int error)
 	if (!stats)
 		return;
 	stats->redirected_packets--;
-	drop(stats, redirect_reason(error));
+	count_drop(stats, redirect_reason(error));
 }
 
 /* Nor did the device of a rule's one output. In native mode the packet is the last one in the bulk. */
@@ -714,6 +756,8 @@ static __always_inline void count_undelivered(const struct in_hand *hand, u32 if
 			return;
 		output_id = bulk->frames[last] >> 16;
 		bulk->count = last;
+		if (!last)
+			end_bulk(bulk);
 	} else {
 		stats = output_stats.lookup(&output_id);
 		if (stats)
@@ -801,18 +845,20 @@ static __always_inline void count_flushed(const struct mcr_bulk *bulk, u32 count
 int mcr_devmap_xmit(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 sent = (u32)ctx->args[2], handed = sent + (u32)ctx->args[3];
-	u32 ifindex = 0, in_hand = 0, index, count;
+	u32 ifindex = 0, zero = 0, in_hand = 0, index, count;
 	u32 reason = device_reason((int)ctx->args[4]);
+	struct in_hand *hand = hands.lookup(&zero);
 	struct mcr_egress_device *device;
 	struct mcr_bulk *bulk;
 
+	if (!hand || !hand->open)
+		return 0; /* somebody else's redirect */
 	if (bpf_probe_read_kernel(&ifindex, sizeof(ifindex), (void *)(ctx->args[1] + MCR_DEVICE_IFINDEX)))
 		return 0;
-	device = egress_devices.lookup(&ifindex);
-	if (!device)
-		return 0;
-	index = device->bulk;
+	index = hand->bulk;
 	bulk = bulks.lookup(&index);
+	if (!bulk || bulk->ifindex != ifindex)
+		bulk = find_bulk(ifindex);
 	if (!bulk || !bulk->count)
 		return 0;
 	count = bulk->count;
@@ -822,10 +868,15 @@ int mcr_devmap_xmit(struct bpf_raw_tracepoint_args *ctx)
 		count = handed;
 	}
 	count_flushed(bulk, count, sent, reason);
-	if (count > sent)
-		__sync_fetch_and_add(&device->lost, count - sent);
+	if (count > sent) {
+		device = egress_devices.lookup(&ifindex);
+		if (device)
+			__sync_fetch_and_add(&device->lost, count - sent);
+	}
 	bulk->frames[0] = in_hand;
-	bulk->count = in_hand ? 1 : 0;
+	bulk->count = 1;
+	if (!in_hand)
+		end_bulk(bulk);
 	return 0;
 }
 
@@ -918,8 +969,6 @@ static __always_inline int relay(struct xdp_md *ctx, struct mcr_rule_value *rule
 		return XDP_PASS; /* never so: a rule_id is below MCR_MAX_RULES */
 	stats->packets++;
 	stats->bytes += packet->payload_length;
-	/* Exact to a tick, for a fraction of the cost; only the worker path measures latency. */
-	stats->last_seen_ns = bpf_ktime_get_coarse_ns();
 	if (packet->drop_reason == MCR_DROP_FRAGMENT && !later_fragment)
 		follow_fragments(packet, false);
 	if (packet->drop_reason != MCR_NO_DROP &&
