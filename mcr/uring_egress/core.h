@@ -33,7 +33,9 @@
 #include "relay_parse.h"
 
 enum {
-	BATCH_PACKETS = 256, /* taken from the ingress, or from a pipe, at once */
+	/* Taken from the ingress, or from a pipe, at once: the more, the longer the runs of streams that interleave. */
+	BATCH_PACKETS = 4096,
+	SUBMIT_PACKETS = 256, /* of a batch, whose sends are submitted together */
 	RUN_PACKETS = 64,    /* UDP_MAX_SEGMENTS of kernel 6.1 */
 	RUN_BYTES = 65487,   /* the largest UDP payload over IPv6 without a jumbogram */
 	RUN_SLOTS = 512,
@@ -168,6 +170,7 @@ struct egress {
 	struct send *sends;
 	uint32_t free_send;
 	uint32_t sends_in_flight;
+	uint32_t prepared; /* packets whose sends have not been submitted */
 };
 
 struct ingress {

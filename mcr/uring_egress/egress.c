@@ -276,6 +276,16 @@ static int cut_run(struct egress *egress, uint32_t rule_flags, struct run *run, 
 	return 0;
 }
 
+/* The first sends of a large batch shall not wait for the last ones, nor their frames. */
+static int submit_prepared(struct egress *egress, uint32_t packets)
+{
+	egress->prepared += packets;
+	if (egress->prepared < SUBMIT_PACKETS)
+		return 0;
+	egress->prepared = 0;
+	return reactor_submit_and_reap(egress->reactor);
+}
+
 static int relay_rule(struct egress *egress, uint32_t rule_id)
 {
 	const struct rule *rule = &egress->tables->rules[rule_id];
@@ -284,18 +294,22 @@ static int relay_rule(struct egress *egress, uint32_t rule_id)
 
 	while (index != NONE && !status) {
 		struct run *run;
+		uint32_t packets;
 
 		status = take_run(egress, &run_index);
 		if (status)
 			return status;
 		run = &egress->runs[run_index];
 		status = cut_run(egress, rule->flags, run, &index);
+		packets = run->count;
 		if (!egress->returns)
 			rules_count_relayed(egress->worker, rule_id, run->count, run->bytes);
 		for (uint32_t i = 0; i < rule->output_count && !status; i++)
 			status = send_run(egress, run_index, rule->output_ids[i]);
 		if (!status)
 			status = release_run(egress, run_index);
+		if (!status)
+			status = submit_prepared(egress, packets);
 	}
 	return status;
 }
@@ -341,12 +355,13 @@ static int sort_by_rule(struct egress *egress, uint32_t count)
 	return active;
 }
 
-/* Relays the batch; its sends are prepared, not yet submitted, when this returns. */
+/* Relays the batch; its last sends are prepared, not yet submitted, when this returns. */
 int egress_relay(struct egress *egress, struct packet *packets, uint32_t count)
 {
 	int active;
 
 	egress->batch = packets;
+	egress->prepared = 0;
 	active = sort_by_rule(egress, count);
 	if (active < 0)
 		return active;
