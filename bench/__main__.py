@@ -67,7 +67,7 @@ def main() -> None:
     help="Only these: " + "; ".join(f"{name}: {what}" for name, what in PARTS.items()) + ".",
 )  # fmt: skip
 @click.option("--paths", type=_Words(get_args(McrPath)), default="kernel,xsk,packet", show_default=True)
-@click.option("--trials", type=click.IntRange(1), help="Rounds in which every relay is measured once.")
+@click.option("--rounds", type=click.IntRange(1), help="In each, every relay is measured once.")
 @click.option("--seconds", type=click.FloatRange(0.02), help="Of one trial at one rate.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=OUTPUT, show_default="build/bench",
@@ -77,14 +77,14 @@ def run(
     quick: bool,
     parts: tuple[str, ...] | None,
     paths: tuple[McrPath, ...],
-    trials: int | None,
+    rounds: int | None,
     seconds: float | None,
     out: Path,
 ) -> None:
     """Measure, and write results.json, results.md and plots."""
     plots.require()
     method = QUICK if quick else FULL
-    method = replace(method, trials=trials or method.trials, seconds=seconds or method.seconds)
+    method = replace(method, rounds=rounds or method.rounds, seconds=seconds or method.seconds)
     wanted = plan(parts or (QUICK_PARTS if quick else tuple(PARTS)), paths)
     results = _measure(wanted, paths, method)
     out.mkdir(parents=True, exist_ok=True)

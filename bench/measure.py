@@ -8,15 +8,15 @@ module must never take a figure for a relay's when the generator or a sink was t
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from bench.histogram import Histogram
 from bench.lanes import Ground, Lane, Setting
 from bench.machine import CpuTime
 from bench.relays import Relay, RelayRefusedError
-from bench.results import DIRECT_LABEL, Record, Results
-from bench.search import MIN_RATE_PPS, Method, Trial, confirm, search
+from bench.results import DIRECT_LABEL, PEER_LABEL, PEER_METRIC, USUAL_METRIC, Record, Results
+from bench.search import MIN_RATE_PPS, Method, Trial, throughput
 from bench.streams import Streams
 from bench.traffic import Programs, Sent, Traffic
 from mcr.errors import McrError
@@ -25,6 +25,7 @@ from tests.netns.lab import Lab
 LIMIT_SHARE = 0.9  # of what generator and sink do without a relay: from there on a figure is theirs
 REACHED_SHARE = 0.9  # of the rate asked for: below it a figure at that rate is refused
 PROBE_PACKETS = 100_000
+LOSSLESS_REPEATS = 3  # in a round, of relays that lose nothing at overload, whose throughput is one trial
 MAX_PACKETS = 50_000_000
 GROUP, PORT = "239.1.0.1", 5000
 COST_SHARE = 0.8  # of throughput, at which CPU time is measured and no worker may run out of frames
@@ -38,11 +39,16 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to measure in one setting. latency: also at shares of the throughput."""
+    """What to measure in one setting.
+
+    latency: also at shares of the throughput. usual: relays that run in the usual setting beside the others,
+    of which they are, to tell what the setting makes of a throughput.
+    """
 
     setting: Setting
     relays: tuple[Relay, ...]
     latency: bool = False
+    usual: tuple[Relay, ...] = ()
 
 
 def streams_of(setting: Setting) -> Streams:
@@ -60,7 +66,8 @@ class Runner:
 
     def __init__(self, traffic: Traffic, lane: Lane, streams: Streams, method: Method) -> None:
         self.traffic, self.lane, self.streams, self.method = traffic, lane, streams, method
-        self.floor_pps = 0.0
+        self.last_pps = 0.0  # the throughput of the last round
+        self._flat_out_pps = 0.0
 
     def trial(self, count: int, rate_pps: float, *, timed: bool = False) -> Trial:
         """Offers count packets; rate_pps 0 is flat out. Raises McrError if more arrive than were sent."""
@@ -88,8 +95,11 @@ class Runner:
 
     def flat_out(self) -> Trial:
         """All that the generator can, for as long as a trial takes."""
-        probe = self.trial(min(PROBE_PACKETS, self._count(1e7)), 0)
-        return self.trial(self._count(probe.offered_pps), 0)
+        if not self._flat_out_pps:
+            self._flat_out_pps = self.trial(min(PROBE_PACKETS, self._count(1e7)), 0).offered_pps
+        trial = self.trial(self._count(self._flat_out_pps), 0)
+        self._flat_out_pps = trial.offered_pps
+        return trial
 
     def timed(self, rate_pps: float) -> tuple[Trial, Histogram]:
         """A rate, with the latency of each packet from the generator to the sink."""
@@ -120,7 +130,6 @@ class Bench:
         """Every relay of the job that can do it; the others are refused in the results."""
         with Comparison(self, job, results) as comparison:
             comparison.rounds()
-            comparison.confirm()
             comparison.cost()
             if job.latency:
                 comparison.latency()
@@ -136,6 +145,7 @@ class Comparison:
         self._stack = ExitStack()
         self.runners: dict[str, Runner] = {}
         self.relays: dict[str, Relay] = {}
+        self._usual: dict[str, Runner] = {}  # of the relays in the usual setting
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -145,10 +155,15 @@ class Comparison:
                 Traffic(self._bench.programs, self.lab, self.ground.source, self.ground.sink)
             )
             lane = self.ground.direct()
-            self._add_runner(DIRECT_LABEL, lane, streams_of(self.job.setting))
+            self.runners[DIRECT_LABEL] = self._runner(lane, self.job.setting)
             for relay in self.job.relays:
                 stack.callback(relay.stop)
-                self._start(relay)
+                if runner := self._start(relay, self.job.setting):
+                    self.runners[relay.label], self.relays[relay.label] = runner, relay
+            for relay in self.job.usual:
+                stack.callback(relay.stop)
+                if relay.label in self.relays and (runner := self._start(relay, Setting())):
+                    self._usual[relay.label] = runner
             self._stack = stack.pop_all()
         return self
 
@@ -158,47 +173,59 @@ class Comparison:
     def record(self, label: str) -> Record:
         return self.results.record(label, self.job.setting)
 
-    def _add_runner(self, label: str, lane: Lane, destination: Streams, relay: Relay | None = None) -> None:
+    def _runner(self, lane: Lane, setting: Setting, relay: Relay | None = None) -> Runner:
+        streams = streams_of(setting)
         for index, interface in enumerate(lane.sinks):
-            expected = relay.destination(lane, destination, index) if relay else destination
+            expected = relay.destination(lane, streams, index) if relay else streams
             self.traffic.expect(interface, expected, frames=relay is None or relay.sends_frames)
-        self.runners[label] = Runner(self.traffic, lane, streams_of(self.job.setting), self.method)
+        return Runner(self.traffic, lane, streams, self.method)
 
-    def _start(self, relay: Relay) -> None:
+    def _start(self, relay: Relay, setting: Setting) -> Runner | None:
+        """Starts it on a lane of its own; None, with the reason in the results, if it cannot do it."""
         lane = self.ground.lane()
         try:
-            relay.start(self.lab, lane, installed_of(self.job.setting))
+            relay.start(self.lab, lane, installed_of(setting))
         except RelayRefusedError as error:
             self.record(relay.label).refused["throughput_pps"] = str(error)
             self.say(relay.label, f"not measured: {error}")
-            return
-        self.relays[relay.label] = relay
-        self._add_runner(relay.label, lane, streams_of(self.job.setting), relay)
+            return None
+        return self._runner(lane, setting, relay)
 
     def say(self, label: str, text: str) -> None:
         self.progress(f"{self.job.setting.title}: {label}: {text}")
 
     def rounds(self) -> None:
         """Overload and the search for the throughput, of each relay in turn, round after round."""
-        overloads: dict[str, list[Trial]] = {label: [] for label in self.runners}
-        throughputs: dict[str, list[float]] = {label: [] for label in self.runners}
-        for number in range(self.method.trials):
-            for label, runner in self.runners.items():
-                overload = runner.flat_out()
-                throughput = overload.offered_pps
-                if not overload.lossless and label != DIRECT_LABEL:
-                    throughput = search(runner.offer, overload, self.method)
-                self._check_alive(label)
-                overloads[label].append(overload)
-                throughputs[label].append(throughput)
-                self.say(label, f"round {number + 1}: {_described(throughput, overload)}")
-        self._check_direct(overloads[DIRECT_LABEL])
-        for label, trials in overloads.items():
-            self._put_rounds(label, trials, throughputs[label])
+        taken = {label: _Taken() for label in self.runners}
+        for number in range(self.method.rounds):
+            for label in self.runners:
+                for _ in range(LOSSLESS_REPEATS):
+                    self._take(label, taken[label])
+                    if not taken[label].overloads[-1].lossless:
+                        break  # its search takes long
+                told = _described(taken[label].throughputs[-1], taken[label].overloads[-1])
+                self.say(label, f"round {number + 1}: {told}")
+        self._check_direct(taken[DIRECT_LABEL].overloads)
+        for label, each in taken.items():
+            self._put_rounds(label, each)
+        for label in self.relays:
+            self._refuse_limits(self.record(label), len(self.runners[label].lane.sinks))
 
-    def _check_alive(self, label: str) -> None:
-        if label in self.relays:
-            self.relays[label].check_alive()
+    def _take(self, label: str, taken: "_Taken") -> None:
+        """Measures a relay once, and the peer before and after it, because the machine's speed changes."""
+        runner, relay = self.runners[label], self.relays.get(label)
+        peer = self.runners.get(PEER_LABEL) if relay and label != PEER_LABEL else None
+        before_pps = _throughput(peer, peer.flat_out()) if peer else 0.0
+        if usual := self._usual.get(label):
+            taken.usual.append(_throughput(usual, usual.flat_out()))
+        overload = runner.flat_out()
+        taken.overloads.append(overload)
+        searched = relay is not None and relay.has_throughput
+        taken.throughputs.append(_throughput(runner, overload) if searched else overload.offered_pps)
+        if peer:
+            taken.peer.append((before_pps + _throughput(peer, peer.flat_out())) / 2)
+        if relay:
+            relay.check_alive()
 
     def _check_direct(self, trials: list[Trial]) -> None:
         if not any(trial.lossless for trial in trials):
@@ -206,36 +233,24 @@ class Comparison:
                 "packets were lost between generator and sink, without a relay", "give the machine more rest"
             )
 
-    def _put_rounds(self, label: str, overloads: list[Trial], throughputs: list[float]) -> None:
-        record = self.record(label)
-        record.put("round_throughput_pps", throughputs)
+    def _put_rounds(self, label: str, taken: "_Taken") -> None:
+        record, overloads = self.record(label), taken.overloads
         record.put("overload_offered_pps", [trial.offered_pps for trial in overloads])
         record.put("overload_delivered_pps", [trial.delivered_pps for trial in overloads])
         sinks = len(self.runners[label].lane.sinks)
         record.put("overload_loss_share", [trial.lost / (trial.sent * sinks) for trial in overloads])
         record.put("stolen_ms", [trial.stolen_ns / 1e6 for trial in overloads])
-        if label == DIRECT_LABEL or all(trial.lossless for trial in overloads):
-            self._put_throughput(label, overloads)
-
-    def confirm(self) -> None:
-        """The throughput of relays that lost packets at overload: confirmed by lossless trials in a row."""
-        for label, runner in self.runners.items():
-            record = self.record(label)
-            if "throughput_pps" in record.metrics:
-                continue
-            trials = confirm(runner.offer, record.metrics["round_throughput_pps"], self.method)
-            self._check_alive(label)
-            if not trials:
-                record.refused["throughput_pps"] = f"no rate was lossless in {self.method.trials} trials"
-                self.say(label, record.refused["throughput_pps"])
-                continue
-            self._put_throughput(label, trials)
-            self.say(label, f"confirmed {record.metrics['throughput_pps']:,.0f}/s")
-        for label in self.relays:
-            self._refuse_limits(self.record(label), len(self.runners[label].lane.sinks))
-
-    def _put_throughput(self, label: str, trials: Sequence[Trial]) -> None:
-        self.record(label).put("throughput_pps", [trial.offered_pps for trial in trials])
+        record.put(PEER_METRIC, taken.peer)
+        record.put(USUAL_METRIC, taken.usual)
+        if label in self.relays and not self.relays[label].has_throughput:
+            return
+        record.put("throughput_pps", taken.throughputs)
+        if not record.metrics["throughput_pps"]:
+            del record.metrics["throughput_pps"]
+            record.refused["throughput_pps"] = (
+                f"in most rounds no rate was lossless in {self.method.trials} trials"
+            )
+            self.say(label, record.refused["throughput_pps"])
 
     def _refuse_limits(self, record: Record, sinks: int) -> None:
         """Takes back what was the generator's or the sinks' figure and not the relay's."""
@@ -257,8 +272,8 @@ class Comparison:
         time.sleep(COUNTERS_FRESH_S)
         before = {label: relay.exhausted_frames() for label, relay in self.relays.items()}
         for label, runner in self.runners.items():
-            if throughput := self.record(label).metrics.get("throughput_pps"):
-                rate_pps = COST_SHARE * throughput
+            if throughput_pps := self.record(label).metrics.get("throughput_pps"):
+                rate_pps = COST_SHARE * throughput_pps
                 trial = runner.trial(int(rate_pps * self.method.cost_seconds), rate_pps)
                 self.record(label).put("cpu_ns_per_packet", [trial.busy_ns / trial.sent])
         time.sleep(COUNTERS_FRESH_S)
@@ -272,9 +287,9 @@ class Comparison:
         taken: dict[str, dict[str, list[float]]] = {label: {} for label in self.runners}
         for _ in range(self.method.trials):
             for label, runner in self.runners.items():
-                throughput = self.record(label).metrics.get("throughput_pps")
-                for share in LATENCY_SHARES if throughput else ():
-                    self._latency_at(runner, label, share, share / 100 * (throughput or 0), taken[label])
+                throughput_pps = self.record(label).metrics.get("throughput_pps")
+                for share in LATENCY_SHARES if throughput_pps else ():
+                    self._latency_at(runner, label, share, share / 100 * (throughput_pps or 0), taken[label])
         for label, metrics in taken.items():
             for metric, trials in metrics.items():
                 if metric not in self.record(label).refused:
@@ -299,6 +314,22 @@ class Comparison:
         for label, relay in self.relays.items():
             for metric, megabytes in relay.memory().items():
                 self.record(label).put(metric, [megabytes])
+
+
+@dataclass(slots=True)
+class _Taken:
+    """What was measured of one relay. peer, usual: the throughput of others next to each of its own."""
+
+    overloads: list[Trial] = field(default_factory=list)
+    throughputs: list[float] = field(default_factory=list)
+    peer: list[float] = field(default_factory=list)
+    usual: list[float] = field(default_factory=list)
+
+
+def _throughput(runner: Runner, overload: Trial) -> float:
+    """In this round, from what it was in the last one on."""
+    runner.last_pps = throughput(runner.offer, overload, runner.method, runner.last_pps)
+    return runner.last_pps
 
 
 def _described(throughput_pps: float, overload: Trial) -> str:

@@ -33,6 +33,7 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
     "sizes": tuple(Setting(payload_bytes=size) for size in (64, 512, 1316, 1472)),
     "latency": (Setting(),),
 }
+GROWING = {*SETTINGS["streams"], *SETTINGS["rules"]} - {Setting()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,12 @@ def plan(parts: Iterable[str], paths: Iterable[McrPath]) -> Plan:
     parts, paths = tuple(parts), tuple(paths)
     settings = dict.fromkeys(setting for part in parts for setting in SETTINGS.get(part, ()))
     jobs = tuple(
-        Job(setting, relays_for(setting, paths), latency="latency" in parts and setting == Setting())
+        Job(
+            setting,
+            relays_for(setting, paths),
+            latency="latency" in parts and setting == Setting(),
+            usual=tuple(Mcr(path) for path in paths) if setting in GROWING else (),
+        )
         for setting in settings
     )
     return Plan(parts, jobs)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from bench.lanes import Lane, Node
 from bench.machine import pin, resident_bytes, worker_cpu
+from bench.results import PEER_LABEL
 from bench.streams import SOURCE_ADDRESS, Streams
 from mcr.control import ControlClient
 from mcr.errors import McrError
@@ -33,9 +34,13 @@ class RelayRefusedError(Exception):
 
 
 class Relay(ABC):
-    """One relay, started once at most: a process for each node of its lane. label: its name in results."""
+    """One relay, started once at most: a process for each node of its lane. label: its name in results.
+
+    has_throughput: a rate without loss is worth searching for.
+    """
 
     label: str
+    has_throughput = True
     translates = False
     sends_frames = False  # as XDP frames, not packets of the stack
 
@@ -221,7 +226,7 @@ class Smcroute(Relay):
     without_rules: is started with none.
     """
 
-    label = "smcroute"
+    label = PEER_LABEL
 
     def __init__(self, *, without_rules: bool = False) -> None:
         super().__init__()
@@ -268,9 +273,13 @@ class Smcroute(Relay):
 
 
 class Socat(Relay):
-    """socat, one stream to one output: it knows nothing else."""
+    """socat, one stream to one output: it knows nothing else.
+
+    What it takes without loss is a matter of its small socket buffer, and varies by a factor of ten.
+    """
 
     label = "socat"
+    has_throughput = False
     translates = True
 
     def start(self, lab: Lab, lane: Lane, streams: Streams) -> None:

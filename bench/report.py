@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.lanes import Setting
-from bench.results import DIRECT_LABEL, Record, Results
-from bench.targets import GROWTH_TARGETS, SMCROUTE, TARGETS, Target
+from bench.results import Record, Results
+from bench.targets import GROWTH_TARGETS, TARGETS, Target
 
 BEGIN, END = "<!-- bench: made by `python -m bench report` -->", "<!-- bench: end -->"
 
@@ -86,7 +86,7 @@ def _conditions(results: Results) -> str:
     stolen = sum(sum(record.trials.get("stolen_ms", [])) for record in results)
     return (
         f"{machine['cpu']}, {machine['cpus']} CPUs, Linux {machine['kernel']}, {versions}; MCR"
-        f" {machine['mcr']}.\n{method['trials']} rounds, {method['seconds']:g} s for each trial. Load before"
+        f" {machine['mcr']}.\n{method['rounds']} rounds, {method['seconds']:g} s for each trial. Load before"
         f" the run {machine['load']:.2f}; the host took {stolen:,.0f} ms of CPU from overload trials."
     )
 
@@ -111,9 +111,9 @@ def _number(value: float) -> str:
 
 def _throughput_legend() -> str:
     return (
-        "Packets/s at the inputs; every output sends as many. Spread: from the least to the most of the"
-        " rounds. CPU: nanoseconds of the whole\nmachine for each packet at 80 % of the throughput, generator"
-        " and sink included."
+        "Packets/s at the inputs; every output sends as many. Medians of the rounds, ratios too. Spread:"
+        " from the least to the most of\nthe rounds. CPU: nanoseconds of the whole machine for each packet at"
+        " 80 % of the throughput, generator and sink included."
     )
 
 
@@ -140,7 +140,7 @@ def setting_table(results: Results, setting: Setting) -> str:
 
 
 def _throughput_cells(results: Results, record: Record) -> list[str]:
-    spread, loss = record.spread("round_throughput_pps"), record.metrics.get("overload_loss_share")
+    spread, loss = record.spread("throughput_pps"), record.metrics.get("overload_loss_share")
     return [
         _cell(record, "throughput_pps", _whole),
         _of_smcroute(results, record, "throughput_pps"),
@@ -160,8 +160,8 @@ def _cell(record: Record, metric: str, write: Callable[[float], str]) -> str:
 
 
 def _of_smcroute(results: Results, record: Record, metric: str) -> str:
-    value, base = record.metrics.get(metric), results.metric(SMCROUTE, record.setting, metric)
-    return f"{value / base:.2f}" if value and base and record.relay != DIRECT_LABEL else ""
+    ratio = results.of_peer(record.relay, record.setting, metric)
+    return f"{ratio:.2f}" if ratio else ""
 
 
 def _metric_section(title: str, results: Results, columns: tuple[Column, ...]) -> str:

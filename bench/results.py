@@ -14,8 +14,22 @@ from typing import Any
 from bench.lanes import Setting
 from mcr.errors import McrError
 
-FORMAT = 1
+FORMAT = 2
 DIRECT_LABEL = "no relay"
+PEER_LABEL = "smcroute"  # what every other relay is compared with
+PEER_METRIC = "peer_throughput_pps"  # of the peer, right before and after each figure of the relay: the mean
+USUAL_METRIC = "usual_throughput_pps"  # of the same relay in the usual setting, in the same rounds
+
+
+def paired(values: Sequence[float], others: Sequence[float]) -> float | None:
+    """The median of the rounds' ratios: what the machine does to a round it does to both.
+
+    None if there is none, or the two were not measured in the same rounds.
+    """
+    if len(values) != len(others) or not values:
+        return None
+    ratios = [value / other for value, other in zip(values, others, strict=True) if other]
+    return statistics.median(ratios) if ratios else None
 
 
 @dataclass(slots=True)
@@ -66,6 +80,20 @@ class Results:
         """A figure; None if it was not measured or refused."""
         record = self.find(relay, setting)
         return record.metrics.get(name) if record else None
+
+    def of_peer(self, relay: str, setting: Setting, name: str) -> float | None:
+        """A figure of a relay as a share of the peer's throughput; None if there are not both."""
+        record = self.find(relay, setting)
+        if record is None or name not in record.metrics or PEER_METRIC not in record.metrics:
+            return None
+        return paired(record.trials[name], record.trials[PEER_METRIC])
+
+    def ratio(self, relay: str, other: str, setting: Setting, name: str) -> float | None:
+        """Of two relays' figures of one metric in one setting; None if there are not both."""
+        one, two = self.find(relay, setting), self.find(other, setting)
+        if one is None or two is None or name not in one.metrics or name not in two.metrics:
+            return None
+        return paired(one.trials[name], two.trials[name]) or one.metrics[name] / two.metrics[name]
 
     def refusal(self, relay: str, setting: Setting, name: str) -> str:
         """Why there is no figure; empty if there is one or it was not asked for."""

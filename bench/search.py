@@ -6,6 +6,7 @@ shares its CPUs loses some now and then; and a throughput stands only when sever
 nothing.
 """
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,12 +23,13 @@ KEEP_UP_SHARE = 0.95  # of the rate offered, that must be delivered
 class Method:
     """How thoroughly to measure.
 
-    trials: rounds in which every relay is measured in turn, and lossless trials in a row that confirm a
+    rounds: in which every relay is measured in turn. trials: lossless ones in a row that confirm a
     throughput. seconds: of one trial at one rate (RFC 2544 section 24 says 60). resolution: share of the
     throughput at which the search ends. steps: after which it ends anyway. attempts: see above.
     cost_seconds: of the trial that tells CPU time, which the kernel counts in ticks of 10 ms.
     """
 
+    rounds: int
     trials: int
     seconds: float
     resolution: float
@@ -36,8 +38,8 @@ class Method:
     cost_seconds: float
 
 
-FULL = Method(trials=3, seconds=0.5, resolution=0.02, steps=12, attempts=3, cost_seconds=1.0)
-QUICK = Method(trials=3, seconds=0.15, resolution=0.05, steps=6, attempts=2, cost_seconds=0.5)
+FULL = Method(rounds=9, trials=3, seconds=0.3, resolution=0.02, steps=10, attempts=3, cost_seconds=1.0)
+QUICK = Method(rounds=6, trials=3, seconds=0.1, resolution=0.04, steps=6, attempts=2, cost_seconds=0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +68,21 @@ Offer = Callable[[float], Trial]
 """Offers a rate in packets/s once."""
 
 
-def search(offer: Offer, overload: Trial, method: Method) -> float:
+def throughput(offer: Offer, overload: Trial, method: Method, guess_pps: float = 0.0) -> float:
+    """What a search finds and trials in a row confirm, in packets/s; 0 if no rate has lossless trials.
+
+    guess_pps: where to begin, 0 to begin with what the overload delivered.
+    """
+    if overload.lossless:
+        return overload.offered_pps
+    row = confirm(offer, search(offer, overload, method, guess_pps), method)
+    return statistics.median(trial.offered_pps for trial in row) if row else 0.0
+
+
+def search(offer: Offer, overload: Trial, method: Method, guess_pps: float = 0.0) -> float:
     """The highest rate without loss, between none and that of the overload (RFC 2544 section 26.1)."""
     low, high, reached, step = 0.0, overload.offered_pps, 0.0, FIRST_STEP
-    rate = min(overload.delivered_pps, 0.95 * high)
+    rate = min(guess_pps or overload.delivered_pps, 0.95 * high)
     for _ in range(method.steps):
         if rate < MIN_RATE_PPS:
             break

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bench.lanes import Setting
-from bench.results import Results
+from bench.results import PEER_LABEL, USUAL_METRIC, Results, paired
 
 BASE = Setting()
 FOUR_OUTPUTS = Setting(outputs=4)
 CHAIN = Setting(hops=3)
-SMCROUTE, SOCAT = "smcroute", "socat"
+SMCROUTE, SOCAT = PEER_LABEL, "socat"
 KERNEL, XSK, PACKET = "MCR kernel", "MCR xsk", "MCR packet"
 BUSY_POLL = "MCR xsk busy-poll"
 
@@ -39,17 +39,13 @@ class Target:
 
 def ratio(relay: str, peer: str, setting: Setting, metric: str = "throughput_pps") -> Figure:
     """Of two relays in one setting."""
-    return lambda results: divided(
-        results.metric(relay, setting, metric), results.metric(peer, setting, metric)
-    )
+    if peer == SMCROUTE:
+        return lambda results: results.of_peer(relay, setting, metric)
+    return lambda results: results.ratio(relay, peer, setting, metric)
 
 
 def absolute(relay: str, setting: Setting, metric: str) -> Figure:
     return lambda results: results.metric(relay, setting, metric)
-
-
-def divided(value: float | None, by: float | None) -> float | None:
-    return value / by if value is not None and by else None
 
 
 def _most(*figures: Figure) -> Figure:
@@ -62,11 +58,16 @@ def _most(*figures: Figure) -> Figure:
     return largest
 
 
-def growth(relay: str, start: Setting, end: Setting) -> Figure:
-    """Throughput in one setting as a share of that in another."""
-    return lambda results: divided(
-        results.metric(relay, end, "throughput_pps"), results.metric(relay, start, "throughput_pps")
-    )
+def growth(relay: str, setting: Setting) -> Figure:
+    """Throughput in a setting as a share of that in the usual one, in the same rounds."""
+
+    def share(results: Results) -> float | None:
+        record = results.find(relay, setting)
+        if record is None or not {"throughput_pps", USUAL_METRIC} <= record.metrics.keys():
+            return None
+        return paired(record.trials["throughput_pps"], record.trials[USUAL_METRIC])
+
+    return share
 
 
 TARGETS = (
@@ -126,14 +127,14 @@ TARGETS = (
 GROWTH_TARGETS = (
     Target(
         "kernel-rules", "kernel path, 1,000 rules installed, of 1 rule", "at least", 0.9, "x",
-        growth(KERNEL, BASE, Setting(rules=1000)),
+        growth(KERNEL, Setting(rules=1000)),
     ),
     Target(
         "worker-rules", "worker path, 1,000 rules installed, of 1 rule", "at least", 0.9, "x",
-        growth(XSK, BASE, Setting(rules=1000)),
+        growth(XSK, Setting(rules=1000)),
     ),
     Target(
         "kernel-streams", "kernel path, 100 concurrent streams, of 1 stream", "at least", 0.9, "x",
-        growth(KERNEL, BASE, Setting(streams=100, rules=100)),
+        growth(KERNEL, Setting(streams=100, rules=100)),
     ),
 )  # fmt: skip

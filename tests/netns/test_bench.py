@@ -14,7 +14,7 @@ from bench.search import Method
 from bench.traffic import Programs, Traffic
 from tests.netns.lab import Lab
 
-SHORT = Method(trials=1, seconds=0.02, resolution=0.3, steps=3, attempts=3, cost_seconds=0.1)
+SHORT = Method(rounds=1, trials=1, seconds=0.02, resolution=0.3, steps=3, attempts=3, cost_seconds=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_a_short_run_gives_every_figure_of_the_worker_path(
     del lab  # it has checked that there is root
     said: list[str] = []
     results = Results(
-        {"cpu": "-", "cpus": 2, "kernel": "-", "load": 0.0, "mcr": "-"}, {"trials": 1, "seconds": 0.02}
+        {"cpu": "-", "cpus": 2, "kernel": "-", "load": 0.0, "mcr": "-"}, {"rounds": 1, "seconds": 0.02}
     )
 
     def new_lab() -> Lab:

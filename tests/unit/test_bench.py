@@ -11,13 +11,13 @@ from bench import guard, histogram, report
 from bench.histogram import Histogram
 from bench.lanes import Setting
 from bench.plan import PARTS, plan
-from bench.results import Results
-from bench.search import MIN_RATE_PPS, Method, Trial, confirm, search
+from bench.results import PEER_METRIC, USUAL_METRIC, Results, paired
+from bench.search import MIN_RATE_PPS, Method, Trial, confirm, search, throughput
 from bench.streams import Streams, frame_header, word_sum
-from bench.targets import BASE, KERNEL, SMCROUTE, TARGETS, XSK
+from bench.targets import BASE, GROWTH_TARGETS, KERNEL, SMCROUTE, TARGETS, XSK
 from mcr.errors import McrError
 
-METHOD = Method(trials=3, seconds=1, resolution=0.02, steps=20, attempts=2, cost_seconds=1)
+METHOD = Method(rounds=3, trials=3, seconds=1, resolution=0.02, steps=20, attempts=2, cost_seconds=1)
 LIMIT_PPS = 3_000_000.0
 
 
@@ -82,6 +82,15 @@ def test_a_throughput_is_confirmed_by_lossless_trials_in_a_row() -> None:
     assert offered[: METHOD.attempts] == [1_030_000] * METHOD.attempts
 
 
+def test_the_throughput_of_a_round_is_what_trials_in_a_row_confirm() -> None:
+    offer = device(1_000_000)
+    assert 0.95e6 < throughput(offer, offer(LIMIT_PPS), METHOD) <= 1e6
+    assert 0.95e6 < throughput(offer, offer(LIMIT_PPS), METHOD, guess_pps=300_000) <= 1e6
+    assert 0.95e6 < throughput(offer, offer(LIMIT_PPS), METHOD, guess_pps=2_900_000) <= 1e6
+    assert throughput(offer, offer(800_000), METHOD) == 800_000
+    assert throughput(device(0), device(0)(LIMIT_PPS), METHOD) == 0
+
+
 def test_below_the_slowest_pace_nothing_is_offered() -> None:
     offered: list[float] = []
     offer = device(MIN_RATE_PPS / 2, offered)
@@ -103,7 +112,30 @@ def measured(throughputs: dict[tuple[str, Setting], float]) -> Results:
     results = Results({"cpu": "a", "cpus": 2, "kernel": "6.18", "load": 0.0, "mcr": "1"}, {})
     for (relay, setting), throughput_pps in throughputs.items():
         results.record(relay, setting).put("throughput_pps", [throughput_pps])
+        if relay != SMCROUTE and (SMCROUTE, setting) in throughputs:
+            results.record(relay, setting).put(PEER_METRIC, [throughputs[SMCROUTE, setting]])
     return results
+
+
+def test_a_ratio_is_the_median_of_the_rounds_and_not_of_the_medians() -> None:
+    """The machine was twice as fast in the first round."""
+    results = measured({})
+    results.record(KERNEL, BASE).put("throughput_pps", [1000.0, 550.0, 500.0])
+    results.record(KERNEL, BASE).put(PEER_METRIC, [200.0, 100.0, 100.0])
+    assert results.of_peer(KERNEL, BASE, "throughput_pps") == 5
+    results.record(XSK, BASE).put("throughput_pps", [100.0, 100.0, 50.0])
+    assert results.ratio(KERNEL, XSK, BASE, "throughput_pps") == 10
+    assert paired([1.0, 2.0], [1.0]) is None and paired([], []) is None
+    assert paired([1.0, 3.0], [0.0, 1.0]) == 3  # a round without a throughput
+
+
+def test_growth_is_measured_in_the_rounds_of_both_settings() -> None:
+    results, setting = measured({}), Setting(rules=1000)
+    results.record(KERNEL, setting).put("throughput_pps", [90.0, 50.0])
+    results.record(KERNEL, setting).put(USUAL_METRIC, [100.0, 50.0])
+    growth = next(target for target in GROWTH_TARGETS if target.name == "kernel-rules")
+    assert growth.figure(results) == pytest.approx(0.95)
+    assert growth.figure(measured({(KERNEL, setting): 90.0, (KERNEL, BASE): 100.0})) is None
 
 
 def test_only_ratios_are_guarded() -> None:
@@ -167,7 +199,10 @@ def test_every_part_is_planned_with_each_setting_once() -> None:
     jobs = plan(PARTS, ("kernel", "xsk", "packet")).jobs
     assert len({job.setting for job in jobs}) == len(jobs) > 10
     assert [job.latency for job in jobs].count(True) == 1
-    assert Setting(streams=1000, rules=1000) in {job.setting for job in jobs}
+    grown = {job.setting for job in jobs if job.usual}
+    assert grown == {Setting(streams=n, rules=n) for n in (10, 100, 1000)} | {
+        Setting(rules=n) for n in (10, 100, 1000)
+    }
 
 
 @pytest.mark.parametrize("latency_ns", [0, 1, 15, 16, 17, 255, 256, 1000, 4095, 4096, 10**6, 2**40 + 12345])
