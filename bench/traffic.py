@@ -155,7 +155,7 @@ class Traffic:
     def begin_trial(self, interfaces: Sequence[str], timed: bool = False) -> None:
         """Sets the counters of these sinks to zero; what is still under way will not be counted.
 
-        timed: by the exact clock, with the latency of each packet.
+        timed: with the time and the latency of each packet; else with the time of every 16th.
         """
         self._programs.trial += 1
         orders, sinks = self._table[b"orders"], self._table[b"sinks"]

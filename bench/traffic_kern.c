@@ -38,6 +38,7 @@
 	20000	       /* a later packet moves the schedule: what was missed is not caught up in a burst */
 #define TRIAL_SHIFT 40 /* sequence numbers begin with the number of the trial */
 #define CLOCK_EVERY 64 /* packets, where there is no pace to keep */
+#define SINK_CLOCK_EVERY 16
 
 struct generator {
 	u64 count; /* packets to send; those after them are dropped */
@@ -67,10 +68,10 @@ struct sink {
 	u32 first_arrival; /* index of the first stream's order */
 	u16 port;
 	u16 by_group;
-	u64 timed; /* exact clock, and the latency of each packet */
+	u64 timed; /* the time and the latency of each packet */
 	u64 packets;
 	u64 first_ns;
-	u64 last_ns; /* of the coarse clock unless timed */
+	u64 last_ns; /* of every SINK_CLOCK_EVERY-th packet unless timed */
 };
 
 /* next_sequence begins with the number of the trial: what comes late from an earlier one is not counted. */
@@ -246,16 +247,16 @@ static __always_inline void count_latency(u64 took_ns)
 
 static __always_inline void count(struct sink *sink, struct order *order, const u64 *stamp)
 {
-	u64 sequence = stamp[0], now_ns;
+	u64 sequence = stamp[0];
 
 	if (sequence >> TRIAL_SHIFT != order->next_sequence >> TRIAL_SHIFT)
 		return;
-	now_ns = sink->timed ? bpf_ktime_get_ns() : bpf_ktime_get_coarse_ns();
+	if (sink->timed || sink->packets % SINK_CLOCK_EVERY == 0)
+		sink->last_ns = bpf_ktime_get_ns();
 	if (sink->timed)
-		count_latency(now_ns - stamp[1]);
+		count_latency(sink->last_ns - stamp[1]);
 	if (!sink->packets)
-		sink->first_ns = now_ns;
-	sink->last_ns = now_ns;
+		sink->first_ns = sink->last_ns;
 	sink->packets++;
 	if (sequence < order->next_sequence) {
 		order->late++;
