@@ -18,7 +18,7 @@ from bench.relays import Relay, RelayRefusedError
 from bench.results import DIRECT_LABEL, PEER_LABEL, PEER_METRIC, USUAL_METRIC, Record, Results
 from bench.search import MIN_RATE_PPS, Method, Trial, throughput
 from bench.streams import Streams
-from bench.traffic import Programs, Sent, Traffic
+from bench.traffic import Programs, Sent, Traffic, burst_packets
 from mcr.errors import McrError
 from tests.netns.lab import Lab
 
@@ -31,7 +31,7 @@ GROUP, PORT = "239.1.0.1", 5000
 COST_SHARE = 0.8  # of throughput, at which CPU time is measured and no worker may run out of frames
 COUNTERS_FRESH_S = 1.2  # a worker's counters are brought up to date every second
 LATENCY_SHARES = (10, 50, 90)  # percent of throughput
-LATENCY_BURST_S = 1e-6
+LATENCY_BURSTS_S = (1e-6, 1e-5, 1e-4)  # tried in turn until the generator reaches the rate
 QUANTILES = (("p50", 0.5), ("p99", 0.99), ("p999", 0.999))
 
 Progress = Callable[[str], None]
@@ -101,9 +101,9 @@ class Runner:
         self._flat_out_pps = trial.offered_pps
         return trial
 
-    def timed(self, rate_pps: float) -> tuple[Trial, Histogram]:
-        """A rate, with the latency of each packet from the generator to the sink."""
-        usual, self.traffic.burst_s = self.traffic.burst_s, LATENCY_BURST_S
+    def timed(self, rate_pps: float, burst_s: float) -> tuple[Trial, Histogram]:
+        """A rate, with the latency of each packet from the generator, where it waits burst_s, to the sink."""
+        usual, self.traffic.burst_s = self.traffic.burst_s, burst_s
         try:
             return self.trial(self._count(rate_pps), rate_pps, timed=True), self.traffic.latency()
         finally:
@@ -300,7 +300,11 @@ class Comparison:
     def _latency_at(
         self, runner: Runner, label: str, share: int, rate_pps: float, taken: dict[str, list[float]]
     ) -> None:
-        trial, histogram = runner.timed(max(MIN_RATE_PPS, rate_pps))
+        rate_pps = max(MIN_RATE_PPS, rate_pps)
+        for burst_s in LATENCY_BURSTS_S:
+            trial, histogram = runner.timed(rate_pps, burst_s)
+            if trial.offered_pps >= REACHED_SHARE * rate_pps:
+                break
         if trial.offered_pps < REACHED_SHARE * rate_pps:
             reason = f"the generator reached {trial.offered_pps:,.0f} of {rate_pps:,.0f}/s"
             for name in (*(name for name, _ in QUANTILES), "max"):
@@ -309,6 +313,7 @@ class Comparison:
         for name, quantile in QUANTILES:
             taken.setdefault(f"latency_{share}_{name}_us", []).append(histogram.quantile_ns(quantile) / 1e3)
         taken.setdefault(f"latency_{share}_max_us", []).append(histogram.longest_ns / 1e3)
+        taken.setdefault(f"latency_{share}_burst", []).append(burst_packets(rate_pps, burst_s))
 
     def memory(self) -> None:
         for label, relay in self.relays.items():

@@ -33,10 +33,13 @@ def _tenths(value: float) -> str:
     return f"{value:,.1f}"
 
 
-LATENCY = tuple(
-    Column(f"{share} % {name}", f"latency_{share}_{metric}_us", _tenths)
-    for share in (10, 50, 90)
-    for name, metric in (("p50", "p50"), ("p99", "p99"), ("p99.9", "p999"), ("max", "max"))
+LATENCY_SHARES = (10, 50, 90)
+LATENCY_COLUMNS = (
+    Column("p50 µs", "p50_us", _tenths),
+    Column("p99 µs", "p99_us", _tenths),
+    Column("p99.9 µs", "p999_us", _tenths),
+    Column("max µs", "max_us", _tenths),
+    Column("burst", "burst", _whole),
 )
 SOCKETS = (
     Column("p50 µs", "socket_p50_us", _tenths),
@@ -67,7 +70,7 @@ def markdown(results: Results, plots: Iterable[Path] = ()) -> str:
         "### Targets\n\n" + target_table(results, TARGETS),
         "### Growth\n\n" + target_table(results, GROWTH_TARGETS),
         "### Throughput\n\n" + _throughput_legend() + "\n\n" + "\n\n".join(_setting_tables(results)),
-        _metric_section("Latency from generator to sink, µs, at shares of the throughput", results, LATENCY),
+        latency_table(results),
         _metric_section(
             "Relay latency: XDP hook to completed send, 50,000 packets/s", results, RELAY_LATENCY
         ),
@@ -162,6 +165,30 @@ def _cell(record: Record, metric: str, write: Callable[[float], str]) -> str:
 def _of_smcroute(results: Results, record: Record, metric: str) -> str:
     ratio = results.of_peer(record.relay, record.setting, metric)
     return f"{ratio:.2f}" if ratio else ""
+
+
+def latency_table(results: Results) -> str:
+    """From generator to sink, a row for each relay and share of its throughput; empty if not measured."""
+    lines = []
+    for record in results:
+        for share in LATENCY_SHARES:
+            row = f"| {record.relay}, {share} % | "
+            if reason := record.refused.get(f"latency_{share}_p50_us"):
+                lines.append(row + f"refused: {reason} |" + " |" * (len(LATENCY_COLUMNS) - 1))
+            elif f"latency_{share}_p50_us" in record.metrics:
+                cells = (
+                    each.write(record.metrics[f"latency_{share}_{each.metric}"]) for each in LATENCY_COLUMNS
+                )
+                lines.append(row + " | ".join(cells) + " |")
+    heading = "| share of throughput | " + " | ".join(column.heading for column in LATENCY_COLUMNS) + " |"
+    head = [
+        "### Latency from generator to sink, at shares of the throughput\n",
+        "Burst: packets that the generator hands over at once, and that wait for each other until then; one"
+        " where it can.\n",
+        heading,
+        "|---|" + "--:|" * len(LATENCY_COLUMNS),
+    ]
+    return "\n".join(head + lines) if lines else ""
 
 
 def _metric_section(title: str, results: Results, columns: tuple[Column, ...]) -> str:

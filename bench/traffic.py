@@ -85,6 +85,11 @@ class _TestRunOptions(ctypes.Structure):
     ]
 
 
+def burst_packets(rate_pps: float, burst_s: float) -> int:
+    """How many packets a paced generator hands over at once."""
+    return min(MAX_BATCH, max(1, int(rate_pps * burst_s)))
+
+
 class Programs:
     """traffic_kern.c, compiled and loaded once for a whole run; one Traffic at a time uses it."""
 
@@ -181,7 +186,7 @@ class Traffic:
         with it everything that the kernel does with the packets at once, runs on the generator's CPU.
         """
         frame = frame_header(streams) + bytes(streams.payload_bytes)
-        batch = min(MAX_BATCH, max(1, int(rate_pps * self.burst_s))) if rate_pps else MAX_BATCH
+        batch = burst_packets(rate_pps, self.burst_s) if rate_pps else MAX_BATCH
         with self._lab.inside(self._source), pinned(GENERATOR_CPU):
             indices = [socket.if_nametoindex(interface) for interface in interfaces]
             self._set_generator(frame, indices, streams, count, rate_pps)
