@@ -203,7 +203,7 @@ class Comparison:
                     self._take(label, taken[label])
                     if not taken[label].overloads[-1].lossless:
                         break  # its search takes long
-                told = _described(taken[label].throughputs[-1], taken[label].overloads[-1])
+                told = _described(taken[label].throughputs, taken[label].overloads[-1])
                 self.say(label, f"round {number + 1}: {told}")
         self._check_direct(taken[DIRECT_LABEL].overloads)
         for label, each in taken.items():
@@ -220,8 +220,10 @@ class Comparison:
             taken.usual.append(_throughput(usual, usual.flat_out()))
         overload = runner.flat_out()
         taken.overloads.append(overload)
-        searched = relay is not None and relay.has_throughput
-        taken.throughputs.append(_throughput(runner, overload) if searched else overload.offered_pps)
+        if relay is None:
+            taken.throughputs.append(overload.offered_pps)
+        elif relay.has_throughput:
+            taken.throughputs.append(_throughput(runner, overload))
         if peer:
             taken.peer.append((before_pps + _throughput(peer, peer.flat_out())) / 2)
         if relay:
@@ -242,7 +244,7 @@ class Comparison:
         record.put("stolen_ms", [trial.stolen_ns / 1e6 for trial in overloads])
         record.put(PEER_METRIC, taken.peer)
         record.put(USUAL_METRIC, taken.usual)
-        if label in self.relays and not self.relays[label].has_throughput:
+        if not taken.throughputs:
             return
         record.put("throughput_pps", taken.throughputs)
         if not record.metrics["throughput_pps"]:
@@ -337,8 +339,6 @@ def _throughput(runner: Runner, overload: Trial) -> float:
     return runner.last_pps
 
 
-def _described(throughput_pps: float, overload: Trial) -> str:
-    return (
-        f"throughput {throughput_pps:,.0f}/s, delivered {overload.delivered_pps:,.0f}/s"
-        f" of {overload.offered_pps:,.0f}/s"
-    )
+def _described(throughputs: Sequence[float], overload: Trial) -> str:
+    found = f"throughput {throughputs[-1]:,.0f}/s, " if throughputs else ""
+    return f"{found}delivered {overload.delivered_pps:,.0f}/s of {overload.offered_pps:,.0f}/s"

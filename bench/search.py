@@ -38,7 +38,7 @@ class Method:
     cost_seconds: float
 
 
-FULL = Method(rounds=9, trials=3, seconds=0.3, resolution=0.02, steps=10, attempts=3, cost_seconds=1.0)
+FULL = Method(rounds=6, trials=3, seconds=0.15, resolution=0.03, steps=8, attempts=2, cost_seconds=1.0)
 QUICK = Method(rounds=6, trials=3, seconds=0.1, resolution=0.04, steps=6, attempts=2, cost_seconds=0.5)
 
 
