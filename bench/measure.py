@@ -27,6 +27,7 @@ REACHED_SHARE = 0.9  # of the rate asked for: below it a figure at that rate is 
 PROBE_PACKETS = 100_000
 LOSSLESS_REPEATS = 3  # in a round, of relays that lose nothing at overload, whose throughput is one trial
 MAX_PACKETS = 50_000_000
+LONGEST_TRIAL_S = 1.0  # that the least number of packets makes
 GROUP, PORT = "239.1.0.1", 5000
 COST_SHARE = 0.8  # of throughput, at which CPU time is measured and no worker may run out of frames
 COUNTERS_FRESH_S = 1.2  # a worker's counters are brought up to date every second
@@ -90,8 +91,9 @@ class Runner:
         )
 
     def offer(self, rate_pps: float) -> Trial:
-        """A rate for as long as a trial takes."""
-        return self.trial(self._count(rate_pps), rate_pps)
+        """A rate for as long as a trial takes, and long enough that buffers do not pass for throughput."""
+        count = max(self._count(rate_pps), min(self.method.packets, int(rate_pps * LONGEST_TRIAL_S)))
+        return self.trial(count, rate_pps)
 
     def flat_out(self) -> Trial:
         """All that the generator can, for as long as a trial takes."""

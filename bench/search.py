@@ -24,7 +24,8 @@ class Method:
     """How thoroughly to measure.
 
     rounds: in which every relay is measured in turn. trials: lossless ones in a row that confirm a
-    throughput. seconds: of one trial at one rate (RFC 2544 section 24 says 60). resolution: share of the
+    throughput. seconds: of one trial at one rate (RFC 2544 section 24 says 60). packets: that a search offers in a
+    trial at least, many more than a relay's buffers hold, if that takes no longer than a second. resolution: share of the
     throughput at which the search ends. steps: after which it ends anyway. attempts: see above.
     cost_seconds: of the trial that tells CPU time, which the kernel counts in ticks of 10 ms.
     """
@@ -32,14 +33,19 @@ class Method:
     rounds: int
     trials: int
     seconds: float
+    packets: int
     resolution: float
     steps: int
     attempts: int
     cost_seconds: float
 
 
-FULL = Method(rounds=6, trials=3, seconds=0.15, resolution=0.03, steps=8, attempts=2, cost_seconds=1.0)
-QUICK = Method(rounds=6, trials=3, seconds=0.1, resolution=0.04, steps=6, attempts=2, cost_seconds=0.5)
+FULL = Method(
+    rounds=6, trials=3, seconds=0.15, packets=100_000, resolution=0.03, steps=8, attempts=2, cost_seconds=1.0
+)
+QUICK = Method(
+    rounds=5, trials=3, seconds=0.1, packets=50_000, resolution=0.04, steps=6, attempts=2, cost_seconds=0.5
+)
 
 
 @dataclass(frozen=True, slots=True)

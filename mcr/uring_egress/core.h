@@ -35,6 +35,7 @@
 enum {
 	/* Taken from the ingress, or from a pipe, at once: the more, the longer the runs of streams that interleave. */
 	BATCH_PACKETS = 4096,
+	PIPE_PACKETS = 256,   /* taken at once to be written into pipes, which must hold many times as many */
 	SUBMIT_PACKETS = 256, /* of a batch, whose sends are submitted together */
 	RUN_PACKETS = 64,    /* UDP_MAX_SEGMENTS of kernel 6.1 */
 	RUN_BYTES = 65487,   /* the largest UDP payload over IPv6 without a jumbogram */
@@ -281,6 +282,12 @@ static inline uint64_t reactor_now_ns(struct reactor *reactor)
 	if (!reactor->now_ns)
 		reactor->now_ns = clock_ns();
 	return reactor->now_ns;
+}
+
+/* How many packets the ingress takes at once. */
+static inline uint32_t batch_limit(const struct worker *worker)
+{
+	return worker->pipes ? PIPE_PACKETS : BATCH_PACKETS;
 }
 
 /* worker.c */

@@ -105,10 +105,10 @@ static int packet_arm(struct worker *worker)
 static int packet_take(struct worker *worker)
 {
 	struct packet_state *state = worker->packet;
-	uint32_t mask = worker->setup.frame_count - 1;
+	uint32_t mask = worker->setup.frame_count - 1, limit = batch_limit(worker);
 
 	worker->batch_count = 0;
-	while (worker->batch_count < BATCH_PACKETS && state->head != state->tail)
+	while (worker->batch_count < limit && state->head != state->tail)
 		worker->batch[worker->batch_count++] = state->arrived[state->head++ & mask];
 	return packet_arm(worker);
 }

@@ -182,7 +182,7 @@ static int xsk_take(struct worker *worker)
 		struct xsk_ring_cons *receive = &xsk->queues[queue].receive;
 		int status = 0;
 
-		count = xsk_ring_cons__peek(receive, BATCH_PACKETS, &first);
+		count = xsk_ring_cons__peek(receive, batch_limit(worker), &first);
 		if (!count)
 			continue;
 		/* The frames were written by another CPU: fetch all the metadata at once, not one by one. */

@@ -31,7 +31,7 @@ struct pipe {
 	uint32_t staged; /* slots */
 	uint32_t bytes;	 /* of the slots, to be written */
 	uint32_t written;
-	struct descriptor slots[BATCH_PACKETS];
+	struct descriptor slots[PIPE_PACKETS];
 };
 
 struct pipes {

@@ -31,7 +31,7 @@ enum {
 
 _Static_assert(sizeof(struct descriptor) == 32, "struct descriptor: a page of a pipe holds whole ones");
 _Static_assert(sizeof(struct mcr_command) % sizeof(struct descriptor) == 0, "a command is whole slots");
-_Static_assert(1 + COMMAND_SLOTS <= BATCH_PACKETS, "a command fits where a batch fits");
+_Static_assert(1 + COMMAND_SLOTS <= PIPE_PACKETS, "a command fits where a batch fits");
 
 /* An egress thread's words on their way into the return pipe: some being written, some waiting. */
 struct returns {

@@ -73,7 +73,7 @@ static int relay_batch(struct worker *worker)
  */
 static int relay_waiting(struct worker *worker)
 {
-	uint32_t limit = worker->setup.frame_count / BATCH_PACKETS + worker->setup.queue_count;
+	uint32_t limit = worker->setup.frame_count / batch_limit(worker) + worker->setup.queue_count;
 
 	for (uint32_t i = 0; i < limit; i++) {
 		int status = worker->ingress->take(worker);

@@ -14,7 +14,9 @@ from bench.search import Method
 from bench.traffic import Programs, Traffic
 from tests.netns.lab import Lab
 
-SHORT = Method(rounds=1, trials=1, seconds=0.02, resolution=0.3, steps=3, attempts=3, cost_seconds=0.1)
+SHORT = Method(
+    rounds=1, trials=1, seconds=0.02, packets=1, resolution=0.3, steps=3, attempts=3, cost_seconds=0.1
+)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,9 @@ from bench.streams import Streams, frame_header, word_sum
 from bench.targets import BASE, GROWTH_TARGETS, KERNEL, SMCROUTE, TARGETS, XSK
 from mcr.errors import McrError
 
-METHOD = Method(rounds=3, trials=3, seconds=1, resolution=0.02, steps=20, attempts=2, cost_seconds=1)
+METHOD = Method(
+    rounds=3, trials=3, seconds=1, packets=1, resolution=0.02, steps=20, attempts=2, cost_seconds=1
+)
 LIMIT_PPS = 3_000_000.0
 
 
