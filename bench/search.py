@@ -24,9 +24,9 @@ class Method:
     """How thoroughly to measure.
 
     rounds: in which every relay is measured in turn. trials: lossless ones in a row that confirm a
-    throughput. seconds: of one trial at one rate (RFC 2544 section 24 says 60). packets: that a search offers in a
-    trial at least, many more than a relay's buffers hold, if that takes no longer than a second. resolution: share of the
-    throughput at which the search ends. steps: after which it ends anyway. attempts: see above.
+    throughput. seconds: of one trial at one rate (RFC 2544 section 24 says 60). packets: that a search offers
+    in a trial at least, many more than a relay's buffers hold, if a second is enough for them. resolution:
+    share of the throughput at which the search ends. steps: after which it ends anyway. attempts: see above.
     cost_seconds: of the trial that tells CPU time, which the kernel counts in ticks of 10 ms.
     """
 
