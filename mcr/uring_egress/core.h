@@ -37,8 +37,8 @@ enum {
 	BATCH_PACKETS = 4096,
 	PIPE_PACKETS = 256,   /* taken at once to be written into pipes, which must hold many times as many */
 	SUBMIT_PACKETS = 256, /* of a batch, whose sends are submitted together */
-	RUN_PACKETS = 64,    /* UDP_MAX_SEGMENTS of kernel 6.1 */
-	RUN_BYTES = 65487,   /* the largest UDP payload over IPv6 without a jumbogram */
+	RUN_PACKETS = 64,     /* UDP_MAX_SEGMENTS of kernel 6.1 */
+	RUN_BYTES = 65487,    /* the largest UDP payload over IPv6 without a jumbogram */
 	RUN_SLOTS = 512,
 	SEND_SLOTS = 1024, /* also the submission queue's size */
 	COMPLETION_SLOTS = 16384,
