@@ -72,14 +72,9 @@ def _package_version(package: str) -> str:
     return done.stdout if done.returncode == 0 else "absent"
 
 
-def worker_cpu(number: int, hop: int = 0) -> int:
-    """The CPU of the process number so of a relay's hop.
-
-    Never the generator's; but a chain that is longer than there are other CPUs is spread over all.
-    """
+def worker_cpu(number: int) -> int:
+    """The CPU of a relay's process number so: never the generator's."""
     others = sorted(os.sched_getaffinity(0) - {GENERATOR_CPU})
-    if hop:
-        return [*others, GENERATOR_CPU][hop % (len(others) + 1)]
     return others[number % len(others)]
 
 

@@ -83,9 +83,9 @@ class Relay(ABC):
         """How often a worker had no frame free for a packet, so far; None if it has no frames."""
         return None
 
-    def _pin(self, pid: int, hop: int = 0) -> None:
+    def _pin(self, pid: int) -> None:
         """Pins one more of its processes."""
-        pin(pid, worker_cpu(self._pinned, hop))
+        pin(pid, worker_cpu(self._pinned))
         self._pinned += 1
 
     def _wait(self, process: Process, missing: Callable[[], str]) -> None:
@@ -174,11 +174,9 @@ class Mcr(Relay):
         return [row for row in rows if row["object"] == "interface"]
 
     def _find_workers(self) -> None:
-        for hop, client in enumerate(self.clients):
-            for row in client.call("status"):
-                if row["object"] == "interface" and row["worker_pid"] is not None:
-                    self._workers.append(row["worker_pid"])
-                    self._pin(row["worker_pid"], hop)
+        self._workers = [row["worker_pid"] for row in self.interfaces() if row["worker_pid"] is not None]
+        for pid in self._workers:
+            self._pin(pid)
 
     def _config(self, node: Node, streams: Streams) -> str:
         text = ""
