@@ -13,7 +13,7 @@
 
 #include "threads.h"
 
-enum { COUNTER_FDS = 5, MAX_FRAMES = 32768 };
+enum { COUNTER_FDS = 5, MAX_FRAMES = 32768, HUGE_PAGE_BYTES = 2 << 20 };
 
 static int check_setup(struct worker *worker)
 {
@@ -97,14 +97,29 @@ static int open_counters(struct worker *worker, const int *fds)
 	return status;
 }
 
+/* In huge pages, if the kernel has any: each packet is read and written at another place of the pool. */
+static int allocate_pool(struct worker *worker)
+{
+	size_t size = (size_t)worker->setup.frame_count * worker->setup.frame_size;
+	uint8_t *memory = mmap(NULL, size + HUGE_PAGE_BYTES, PROT_READ | PROT_WRITE,
+			       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (memory == MAP_FAILED)
+		return worker_fail(worker, ENOMEM, "no memory for a pool of %zu bytes", size);
+	worker->pool = memory + (-(uintptr_t)memory & (HUGE_PAGE_BYTES - 1));
+	madvise(worker->pool, size, MADV_HUGEPAGE); /* a wish */
+	if (madvise(worker->pool, size, MADV_POPULATE_WRITE))
+		return worker_fail(worker, errno, "no memory for a pool of %zu bytes: %s", size,
+				   strerror(errno));
+	return 0;
+}
+
 static int allocate(struct worker *worker)
 {
-	size_t pool_size = (size_t)worker->setup.frame_count * worker->setup.frame_size;
+	int status = allocate_pool(worker);
 
-	worker->pool = mmap(NULL, pool_size, PROT_READ | PROT_WRITE,
-			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-	if (worker->pool == MAP_FAILED)
-		return worker_fail(worker, ENOMEM, "no memory for a pool of %zu bytes", pool_size);
+	if (status)
+		return status;
 	worker->owners = calloc(worker->setup.frame_count, 1);
 	worker->owned[FRAME_FREE] = worker->setup.frame_count;
 	worker->batch = calloc(BATCH_PACKETS, sizeof(*worker->batch));
