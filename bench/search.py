@@ -44,7 +44,7 @@ FULL = Method(
     rounds=6, trials=3, seconds=0.15, packets=100_000, resolution=0.03, steps=8, attempts=2, cost_seconds=1.0
 )
 QUICK = Method(
-    rounds=5, trials=3, seconds=0.1, packets=50_000, resolution=0.04, steps=6, attempts=2, cost_seconds=0.5
+    rounds=5, trials=3, seconds=0.1, packets=50_000, resolution=0.05, steps=5, attempts=2, cost_seconds=0.3
 )
 
 

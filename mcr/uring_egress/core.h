@@ -33,9 +33,10 @@
 #include "relay_parse.h"
 
 enum {
-	/* Taken from the ingress, or from a pipe, at once: the more, the longer the runs of streams that interleave. */
+	/* Taken from the ingress at once: the more, the longer the runs of streams that interleave. */
 	BATCH_PACKETS = 4096,
-	PIPE_PACKETS = 256,   /* taken at once to be written into pipes, which must hold many times as many */
+	/* Put into pipes, or taken from one, at once: what a thread holds beside its pipe is not the others' to use. */
+	PIPE_PACKETS = 256,
 	SUBMIT_PACKETS = 256, /* of a batch, whose sends are submitted together */
 	RUN_PACKETS = 64,     /* UDP_MAX_SEGMENTS of kernel 6.1 */
 	RUN_BYTES = 65487,    /* the largest UDP payload over IPv6 without a jumbogram */

@@ -55,8 +55,8 @@ struct egress_thread {
 	int fd; /* the pipe to read from */
 	bool reading;
 	uint32_t filled; /* bytes of slots */
-	struct descriptor slots[BATCH_PACKETS];
-	struct packet batch[BATCH_PACKETS];
+	struct descriptor slots[PIPE_PACKETS];
+	struct packet batch[PIPE_PACKETS];
 	uint32_t batch_count;
 	struct mcr_command command;
 	uint32_t command_slots; /* that are still to come */
