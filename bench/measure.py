@@ -15,7 +15,7 @@ from bench.histogram import Histogram
 from bench.lanes import Ground, Lane, Setting
 from bench.machine import CpuTime
 from bench.relays import Relay, RelayRefusedError
-from bench.results import DIRECT_LABEL, PEER_LABEL, PEER_METRIC, USUAL_METRIC, Record, Results
+from bench.results import DIRECT_LABEL, LATENCY_SHARES, PEER_LABEL, PEER_METRIC, USUAL_METRIC, Record, Results
 from bench.search import MIN_RATE_PPS, Method, Trial, throughput
 from bench.streams import Streams
 from bench.traffic import Programs, Sent, Traffic, burst_packets
@@ -31,7 +31,6 @@ LONGEST_TRIAL_S = 1.0  # that the least number of packets makes
 GROUP, PORT = "239.1.0.1", 5000
 COST_SHARE = 0.8  # of throughput, at which CPU time is measured and no worker may run out of frames
 COUNTERS_FRESH_S = 1.2  # a worker's counters are brought up to date every second
-LATENCY_SHARES = (10, 50, 90)  # percent of throughput
 LATENCY_BURSTS_S = (1e-6, 1e-5, 1e-4)  # tried in turn until the generator reaches the rate
 QUANTILES = (("p50", 0.5), ("p99", 0.99), ("p999", 0.999))
 

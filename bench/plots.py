@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.lanes import Setting
-from bench.results import DIRECT_LABEL, Results
+from bench.results import DIRECT_LABEL, LATENCY_SHARES, Results
 from mcr.errors import McrError
 
 WIDTH_INCHES, HEIGHT_INCHES, DOTS_PER_INCH = 7.0, 4.2, 110
-LATENCY_SHARES = (10, 50, 90)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.lanes import Setting
-from bench.results import Record, Results
+from bench.results import LATENCY_SHARES, PEER_METRIC, Record, Results
 from bench.targets import GROWTH_TARGETS, TARGETS, Target
 
 BEGIN, END = "<!-- bench: made by `python -m bench report` -->", "<!-- bench: end -->"
@@ -33,7 +33,6 @@ def _tenths(value: float) -> str:
     return f"{value:,.1f}"
 
 
-LATENCY_SHARES = (10, 50, 90)
 LATENCY_COLUMNS = (
     Column("p50 µs", "p50_us", _tenths),
     Column("p99 µs", "p99_us", _tenths),
@@ -163,7 +162,7 @@ def _cell(record: Record, metric: str, write: Callable[[float], str]) -> str:
 
 
 def _of_smcroute(results: Results, record: Record, metric: str) -> str:
-    ratio = results.of_peer(record.relay, record.setting, metric)
+    ratio = results.share(record.relay, record.setting, metric, PEER_METRIC)
     return f"{ratio:.2f}" if ratio else ""
 
 

@@ -18,6 +18,7 @@ FORMAT = 2
 DIRECT_LABEL = "no relay"
 PEER_LABEL = "smcroute"  # what every other relay is compared with
 PEER_METRIC = "peer_throughput_pps"  # of the peer, right before and after each figure of the relay: the mean
+LATENCY_SHARES = (10, 50, 90)  # percent of throughput, at which latency is measured
 USUAL_METRIC = "usual_throughput_pps"  # of the same relay in the usual setting, in the same rounds
 
 
@@ -81,24 +82,15 @@ class Results:
         record = self.find(relay, setting)
         return record.metrics.get(name) if record else None
 
-    def of_peer(self, relay: str, setting: Setting, name: str) -> float | None:
-        """A figure of a relay as a share of the peer's throughput; None if there are not both."""
-        record = self.find(relay, setting)
-        if record is None or name not in record.metrics or PEER_METRIC not in record.metrics:
-            return None
-        return paired(record.trials[name], record.trials[PEER_METRIC])
+    def share(self, relay: str, setting: Setting, name: str, reference: str) -> float | None:
+        """A figure of a relay as a share of what was measured next to it; None if there are not both.
 
-    def ratio(self, relay: str, other: str, setting: Setting, name: str) -> float | None:
-        """Of two relays' figures of one metric in one setting; None if there are not both."""
-        one, two = self.find(relay, setting), self.find(other, setting)
-        if one is None or two is None or name not in one.metrics or name not in two.metrics:
-            return None
-        return paired(one.trials[name], two.trials[name]) or one.metrics[name] / two.metrics[name]
-
-    def refusal(self, relay: str, setting: Setting, name: str) -> str:
-        """Why there is no figure; empty if there is one or it was not asked for."""
+        reference: PEER_METRIC or USUAL_METRIC.
+        """
         record = self.find(relay, setting)
-        return record.refused.get(name, "") if record else ""
+        if record is None or not {name, reference} <= record.metrics.keys():
+            return None
+        return paired(record.trials[name], record.trials[reference])
 
     def write(self, path: Path) -> None:
         content = {

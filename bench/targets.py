@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bench.lanes import Setting
-from bench.results import PEER_LABEL, USUAL_METRIC, Results, paired
+from bench.results import PEER_LABEL, PEER_METRIC, USUAL_METRIC, Results
 
 BASE = Setting()
 FOUR_OUTPUTS = Setting(outputs=4)
@@ -37,11 +37,19 @@ class Target:
         return figure >= self.value if self.direction == "at least" else figure <= self.value
 
 
-def ratio(relay: str, peer: str, setting: Setting, metric: str = "throughput_pps") -> Figure:
-    """Of two relays in one setting."""
-    if peer == SMCROUTE:
-        return lambda results: results.of_peer(relay, setting, metric)
-    return lambda results: results.ratio(relay, peer, setting, metric)
+def of_smcroute(relay: str, setting: Setting, metric: str = "throughput_pps") -> Figure:
+    """As a share of smcroute's throughput, which was measured next to it."""
+    return lambda results: results.share(relay, setting, metric, PEER_METRIC)
+
+
+def ratio(relay: str, other: str, setting: Setting, metric: str) -> Figure:
+    """Of two relays in one setting, by what share of smcroute's throughput each has."""
+
+    def divided(results: Results) -> float | None:
+        one, two = (of_smcroute(each, setting, metric)(results) for each in (relay, other))
+        return one / two if one is not None and two else None
+
+    return divided
 
 
 def absolute(relay: str, setting: Setting, metric: str) -> Figure:
@@ -60,27 +68,20 @@ def _most(*figures: Figure) -> Figure:
 
 def growth(relay: str, setting: Setting) -> Figure:
     """Throughput in a setting as a share of that in the usual one, in the same rounds."""
-
-    def share(results: Results) -> float | None:
-        record = results.find(relay, setting)
-        if record is None or not {"throughput_pps", USUAL_METRIC} <= record.metrics.keys():
-            return None
-        return paired(record.trials["throughput_pps"], record.trials[USUAL_METRIC])
-
-    return share
+    return lambda results: results.share(relay, setting, "throughput_pps", USUAL_METRIC)
 
 
 TARGETS = (
     Target(
-        "kernel-1", "kernel path, 1 output, of smcroute", "at least", 5, "x", ratio(KERNEL, SMCROUTE, BASE)
+        "kernel-1", "kernel path, 1 output, of smcroute", "at least", 5, "x", of_smcroute(KERNEL, BASE)
     ),
     Target(
         "kernel-4", "kernel path, 4 outputs, of smcroute", "at least", 4, "x",
-        ratio(KERNEL, SMCROUTE, FOUR_OUTPUTS),
+        of_smcroute(KERNEL, FOUR_OUTPUTS),
     ),
     Target(
         "worker-1", "worker path (AF_XDP), 1 output, of smcroute", "at least", 1.8, "x",
-        ratio(XSK, SMCROUTE, BASE),
+        of_smcroute(XSK, BASE),
     ),
     Target(
         "packet-1", "worker path, AF_PACKET ingress, at overload, of socat", "at least", 3, "x",
@@ -88,11 +89,11 @@ TARGETS = (
     ),
     Target(
         "kernel-chain", "chain of 3, kernel path, of a chain of smcroute", "at least", 12, "x",
-        ratio(KERNEL, SMCROUTE, CHAIN),
+        of_smcroute(KERNEL, CHAIN),
     ),
     Target(
         "worker-chain", "chain of 3, worker path, of a chain of smcroute", "at least", 2, "x",
-        ratio(XSK, SMCROUTE, CHAIN),
+        of_smcroute(XSK, CHAIN),
     ),
     Target(
         "worker-chain-rate", "chain of 3, worker path", "at least", 200_000, "packets/s",

@@ -258,9 +258,8 @@ class Maps:
         key = ffi.new("__u32 *", fan_out)
         self._update("fan_out_outputs", key, ffi.new("struct mcr_fan_out *", [_by_interface(outputs)]))
         self._update("fan_out_relayed", key, ffi.new("__u64[]", self._cpus))
-        devices = int(
-            lib.mcr_create_fan_out(len(outputs))
-        )  # the kernel walks along all slots for each packet
+        # No slot too many: the kernel walks along all of them for each packet.
+        devices = int(lib.mcr_create_fan_out(len(outputs)))
         _check(devices, "create a device map")
         try:
             for slot, (_, ifindex) in enumerate(outputs):

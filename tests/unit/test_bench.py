@@ -14,7 +14,7 @@ from bench.plan import PARTS, plan
 from bench.results import PEER_METRIC, USUAL_METRIC, Results, paired
 from bench.search import MIN_RATE_PPS, Method, Trial, confirm, search, throughput
 from bench.streams import Streams, frame_header, word_sum
-from bench.targets import BASE, GROWTH_TARGETS, KERNEL, SMCROUTE, TARGETS, XSK
+from bench.targets import BASE, GROWTH_TARGETS, KERNEL, SMCROUTE, TARGETS, XSK, ratio
 from mcr.errors import McrError
 
 METHOD = Method(
@@ -124,9 +124,11 @@ def test_a_ratio_is_the_median_of_the_rounds_and_not_of_the_medians() -> None:
     results = measured({})
     results.record(KERNEL, BASE).put("throughput_pps", [1000.0, 550.0, 500.0])
     results.record(KERNEL, BASE).put(PEER_METRIC, [200.0, 100.0, 100.0])
-    assert results.of_peer(KERNEL, BASE, "throughput_pps") == 5
-    results.record(XSK, BASE).put("throughput_pps", [100.0, 100.0, 50.0])
-    assert results.ratio(KERNEL, XSK, BASE, "throughput_pps") == 10
+    assert results.share(KERNEL, BASE, "throughput_pps", PEER_METRIC) == 5
+    results.record(XSK, BASE).put("throughput_pps", [50.0])
+    results.record(XSK, BASE).put(PEER_METRIC, [100.0])
+    assert ratio(KERNEL, XSK, BASE, "throughput_pps")(results) == 10
+    assert ratio(KERNEL, SMCROUTE, BASE, "throughput_pps")(results) is None
     assert paired([1.0, 2.0], [1.0]) is None and paired([], []) is None
     assert paired([1.0, 3.0], [0.0, 1.0]) == 3  # a round without a throughput
 
