@@ -31,6 +31,7 @@ enum mcr_limit {
 	MCR_MAX_FAN_OUTS = 4160,    /* a device map for each rule, and one to exchange on each interface */
 	MCR_FAN_OUT_SLOTS = 128,    /* of its outputs: a power of two, and no more than half of them used */
 	MCR_BULK_FRAMES = 16,	    /* DEV_MAP_BULK_SIZE of the kernel's devmap.c */
+	MCR_BULK_SLOTS = 32,	    /* a power of two above it */
 	MCR_LATENCY_FIRST_BITS = 9, /* latency below 2^9 ns is not told apart */
 	MCR_LATENCY_STEP_BITS = 3,  /* 2^3 buckets for each octave */
 	MCR_LATENCY_BUCKETS = 185,  /* 1 + 23 octaves: up to 4.3 s */
@@ -164,12 +165,14 @@ struct mcr_egress_device {
 };
 
 /* The frames on their way to one device on one CPU, in order, until the kernel tells what became of them.
- * One more than a bulk: the frame in hand, whose coming makes the kernel flush the full bulk. */
+ * Up to one more than a bulk: the frame in hand, whose coming makes the kernel flush the full bulk. */
 struct mcr_bulk {
 	__u64 begun_ns; /* CLOCK_MONOTONIC to a tick, when the first of them came */
 	__u32 ifindex;	/* of the device */
 	__u32 count;
-	__u32 frames[MCR_BULK_FRAMES + 1]; /* output_id << 16 | payload length */
+	__u32 bytes; /* of payload of all of them */
+	__u32 mixed; /* what their entries differ in from the first one */
+	__u32 frames[MCR_BULK_SLOTS]; /* output_id << 16 | payload length */
 };
 
 enum mcr_metadata_flag {

@@ -13,9 +13,11 @@
  */
 #include <uapi/linux/bpf.h>
 #include <asm-generic/errno.h>
+#define MCR_BPF 1
 #include "relay_abi.h"
 #include "relay_parse.h"
 #include "relay_rewrite.h"
+#include "relay_verifier.h"
 
 #ifndef MCR_TRACED
 #define MCR_TRACED 0
@@ -164,6 +166,8 @@ static __always_inline void begin_bulk(struct mcr_bulk *bulk, u32 index, u32 ifi
 
 	bulk->begun_ns = bpf_ktime_get_coarse_ns();
 	bulk->ifindex = ifindex;
+	bulk->bytes = 0;
+	bulk->mixed = 0;
 	if (!hand)
 		return;
 	hand->bulk = index;
@@ -187,7 +191,7 @@ static __always_inline void end_bulk(struct mcr_bulk *bulk)
 static __always_inline u64 log_frame(const struct mcr_kernel_output *output, u32 output_id,
 				     u16 payload_length)
 {
-	u32 index = output->bulk, count;
+	u32 index = output->bulk, frame = output_id << 16 | payload_length, count;
 	struct mcr_bulk *bulk = bulks.lookup(&index);
 
 	if (!index || !bulk) { /* there were no more than MCR_MAX_EGRESS interfaces to account for */
@@ -199,8 +203,10 @@ static __always_inline u64 log_frame(const struct mcr_kernel_output *output, u32
 		return bulk->begun_ns; /* never so: the kernel flushes a full bulk */
 	if (!count)
 		begin_bulk(bulk, index, output->ifindex);
-	bulk->frames[count] = output_id << 16 | payload_length;
+	bulk->frames[mcr_bounded(count, MCR_BULK_SLOTS - 1)] = frame;
 	bulk->count = count + 1;
+	bulk->bytes += payload_length;
+	bulk->mixed |= frame ^ bulk->frames[0];
 	return bulk->begun_ns;
 }
 
@@ -269,13 +275,14 @@ static __always_inline void tap_tell(struct tap_scratch *told, u64 captured)
 /* Takes up to `wanted` bytes of the frame as it is now. Returns how many. */
 static __always_inline u64 tap_take(struct xdp_md *ctx, struct tap_scratch *told, u64 wanted)
 {
-	u64 length = bpf_xdp_get_buff_len(ctx), captured = wanted < length ? wanted : length;
+	u64 length = bpf_xdp_get_buff_len(ctx), captured = wanted < length ? wanted : length, least = 1;
 
 	told->event.length = length;
 	if (captured > MCR_TAP_BYTES)
 		captured = MCR_TAP_BYTES;
-	asm volatile("" : "+r"(captured)); /* the verifier understands one bound at a time */
-	if (!captured || bpf_xdp_load_bytes(ctx, 0, told->bytes, captured))
+	mcr_opaque(captured);
+	mcr_opaque(least); /* compared with zero, an older verifier would not see that the rest is at least 1 */
+	if (captured < least || bpf_xdp_load_bytes(ctx, 0, told->bytes, captured))
 		return 0;
 	return captured;
 }
@@ -374,13 +381,15 @@ static __always_inline int pseudo_sum(u8 *ip, u8 *udp, void *data_end, u16 *resu
 /* The sum over the UDP header, as it is, and payload; in chunks, because of bpf_csum_diff's limit. */
 static __always_inline int sum_datagram(struct xdp_md *ctx, u32 offset, u32 length, u16 *result)
 {
-	u32 zero = 0, whole = length / MCR_CHECKSUM_CHUNK, tail = length & (MCR_CHECKSUM_CHUNK - 1);
+	u32 zero = 0, whole = length / MCR_CHECKSUM_CHUNK;
+	u64 tail = length & (MCR_CHECKSUM_CHUNK - 1), least = 1;
 	struct checksum_scratch *chunk = scratch.lookup(&zero);
 	s64 sum = 0;
 
 	if (!chunk || whole > MCR_CHECKSUM_CHUNKS)
 		return -1;
 	for (u32 i = 0; i < MCR_CHECKSUM_CHUNKS; i++) {
+		mcr_opaque(i);
 		if (i >= whole)
 			break;
 		if (bpf_xdp_load_bytes(ctx, offset, chunk->words, MCR_CHECKSUM_CHUNK))
@@ -390,7 +399,9 @@ static __always_inline int sum_datagram(struct xdp_md *ctx, u32 offset, u32 leng
 	}
 	if (tail) {
 		__builtin_memset(chunk->words, 0, sizeof(chunk->words));
-		if (bpf_xdp_load_bytes(ctx, offset, chunk->words, tail))
+		mcr_opaque(tail);
+		mcr_opaque(least); /* as in tap_take */
+		if (tail < least || bpf_xdp_load_bytes(ctx, offset, chunk->words, tail))
 			return -1;
 		sum = bpf_csum_diff(0, 0, (__be32 *)chunk->words, MCR_CHECKSUM_CHUNK, mcr_fold(sum));
 	}
@@ -411,10 +422,10 @@ static __always_inline int settle_checksum(struct xdp_md *ctx, const struct mcr_
 	u16 sum, complete, pseudo, field;
 	u8 *ip, *udp;
 
-	if (ip_offset > MCR_MAX_IP_OFFSET || udp_offset > 0x7fff)
+	if (ip_offset > MCR_MAX_IP_OFFSET || udp_offset > MCR_UDP_OFFSET_MASK)
 		return -1;
-	ip = data + ip_offset;
-	udp = data + udp_offset;
+	ip = data + mcr_bounded(ip_offset, MCR_IP_OFFSET_MASK);
+	udp = data + mcr_bounded(udp_offset, MCR_UDP_OFFSET_MASK);
 	if ((void *)(ip + 20) > data_end || (void *)(udp + MCR_UDP_LENGTH) > data_end)
 		return -1;
 	field = *(u16 *)(udp + 6);
@@ -437,7 +448,7 @@ static __always_inline int settle_checksum(struct xdp_md *ctx, const struct mcr_
 	}
 	data = (void *)(long)ctx->data;
 	data_end = (void *)(long)ctx->data_end;
-	udp = data + udp_offset;
+	udp = data + mcr_bounded(udp_offset, MCR_UDP_OFFSET_MASK);
 	if ((void *)(udp + MCR_UDP_LENGTH) > data_end)
 		return -1;
 	*(u16 *)(udp + 6) = complete;
@@ -455,7 +466,7 @@ static __always_inline int rewrite(struct xdp_md *ctx, const struct mcr_metadata
 
 	if (metadata->ip_offset > MCR_MAX_IP_OFFSET)
 		return -1;
-	ip = data + metadata->ip_offset;
+	ip = data + mcr_bounded(metadata->ip_offset, MCR_IP_OFFSET_MASK);
 	if ((void *)(ip + 1) > data_end)
 		return -1;
 	ipv6 = *ip >> 4 == 6;
@@ -536,11 +547,9 @@ static __always_inline int relay_to_one(struct xdp_md *ctx, struct mcr_rule_stat
 	return bpf_redirect(output->ifindex, 0);
 }
 
-/* clang would walk along the array by a pointer that the verifier cannot bound. */
 static __always_inline u32 output_in_slot(const struct mcr_fan_out *all, u32 slot)
 {
-	asm volatile("" : "+r"(slot));
-	return all->output_ids[slot & (MCR_FAN_OUT_SLOTS - 1)];
+	return all->output_ids[mcr_bounded(slot, MCR_FAN_OUT_SLOTS - 1)];
 }
 
 /* The output of a fan-out that leaves by an interface, nearly always in the first slot that is looked at. */
@@ -731,6 +740,11 @@ static __always_inline struct mcr_bulk *find_bulk(u32 ifindex)
 	return bulks.lookup(&index);
 }
 
+static __always_inline u32 logged(const struct mcr_bulk *bulk, u32 index)
+{
+	return bulk->frames[mcr_bounded(index, MCR_BULK_SLOTS - 1)];
+}
+
 /* An AF_XDP socket did not take the packet that mcr_relay has just redirected on this CPU. */
 static __always_inline void count_refused(const struct in_hand *hand, int error)
 {
@@ -748,14 +762,14 @@ static __always_inline void count_undelivered(const struct in_hand *hand, u32 if
 {
 	struct mcr_bulk *bulk = find_bulk(ifindex);
 	struct mcr_output_stats *stats;
-	u32 output_id = hand->output_id, last;
+	u32 output_id = hand->output_id, last, frame;
 
 	if (bulk && bulk->count) {
 		last = bulk->count - 1;
-		if (last > MCR_BULK_FRAMES)
-			return;
-		output_id = bulk->frames[last] >> 16;
+		frame = logged(bulk, last);
+		output_id = frame >> 16;
 		bulk->count = last;
+		bulk->bytes -= frame & 0xffff;
 		if (!last)
 			end_bulk(bulk);
 	} else {
@@ -796,19 +810,13 @@ static __always_inline void add_sent(u32 output_id, u32 packets, u32 bytes)
 	stats->sent_bytes += bytes;
 }
 
-/* clang would walk along the array by a pointer that the verifier cannot bound. */
-static __always_inline u32 logged(const struct mcr_bulk *bulk, u32 index)
-{
-	asm volatile("" : "+r"(index));
-	return bulk->frames[index & (MCR_BULK_FRAMES - 1)];
-}
-
 /* Frame by frame: of the first `count` frames the device took `sent`. */
 static __always_inline void count_each(const struct mcr_bulk *bulk, u32 count, u32 sent, u32 reason)
 {
 	for (u32 i = 0; i < MCR_BULK_FRAMES; i++) {
 		u32 frame = logged(bulk, i);
 
+		mcr_opaque(i);
 		if (i >= count)
 			break;
 		if (i < sent)
@@ -818,19 +826,12 @@ static __always_inline void count_each(const struct mcr_bulk *bulk, u32 count, u
 	}
 }
 
-/* Usually the device takes all of a bulk, and all of it is of one output. */
-static __always_inline void count_flushed(const struct mcr_bulk *bulk, u32 count, u32 sent, u32 reason)
+/* Usually the device takes all of a bulk, and all of it is of one output. bytes: of the first `count` frames. */
+static __always_inline void count_flushed(const struct mcr_bulk *bulk, u32 count, u32 bytes, u32 sent,
+					  u32 reason)
 {
-	u32 first = bulk->frames[0], others = 0, bytes = 0;
-
-	for (u32 i = 0; i < MCR_BULK_FRAMES; i++) {
-		if (i >= count)
-			break;
-		others |= logged(bulk, i) ^ first;
-		bytes += logged(bulk, i) & 0xffff;
-	}
-	if (sent >= count && others <= 0xffff)
-		add_sent(first >> 16, count, bytes);
+	if (sent >= count && bulk->mixed <= 0xffff)
+		add_sent(bulk->frames[0] >> 16, count, bytes);
 	else
 		count_each(bulk, count, sent, reason);
 }
@@ -863,11 +864,10 @@ int mcr_devmap_xmit(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	count = bulk->count;
 	if (count > handed) {
-		if (count <= MCR_BULK_FRAMES + 1)
-			in_hand = bulk->frames[count - 1];
+		in_hand = logged(bulk, count - 1);
 		count = handed;
 	}
-	count_flushed(bulk, count, sent, reason);
+	count_flushed(bulk, count, bulk->bytes - (in_hand & 0xffff), sent, reason);
 	if (count > sent) {
 		device = egress_devices.lookup(&ifindex);
 		if (device)
@@ -875,6 +875,8 @@ int mcr_devmap_xmit(struct bpf_raw_tracepoint_args *ctx)
 	}
 	bulk->frames[0] = in_hand;
 	bulk->count = 1;
+	bulk->bytes = in_hand & 0xffff;
+	bulk->mixed = 0;
 	if (!in_hand)
 		end_bulk(bulk);
 	return 0;

@@ -54,7 +54,7 @@ struct mcr_packet {
  * A packet's words, at any address and in network byte order. To clang's BPF back end an unaligned word is a row of
  * bytes, whereas the kernel's JITs allow any address; and a CPU waits when it loads a word that it stored in bytes.
  */
-#ifdef __bpf__
+#ifdef MCR_BPF
 typedef __u16 __attribute__((may_alias)) mcr_word16;
 typedef __u32 __attribute__((may_alias)) mcr_word32;
 #else

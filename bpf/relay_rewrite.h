@@ -9,9 +9,12 @@
 
 #include "relay_abi.h"
 #include "relay_parse.h"
+#include "relay_verifier.h"
 
 enum {
 	MCR_MAX_IP_OFFSET = MCR_ETHERNET_LENGTH + MCR_MAX_VLAN_TAGS * MCR_VLAN_LENGTH,
+	MCR_IP_OFFSET_MASK = 31,
+	MCR_UDP_OFFSET_MASK = 0x7fff,
 	MCR_CHECKSUM_CHUNK = 512, /* bytes that bpf_csum_diff takes at once on kernel 6.1 */
 	MCR_CHECKSUM_CHUNKS = 24, /* 12 kB: beyond every jumbo frame */
 };
@@ -113,7 +116,7 @@ static __always_inline __u32 mcr_rewrite_addresses(__u8 *from, const struct mcr_
 static __always_inline int mcr_rewrite_ipv4(void *data, void *data_end, const struct mcr_metadata *metadata,
 					    const struct mcr_kernel_output *output, __u32 ip_offset)
 {
-	__u8 *ip = (__u8 *)data + ip_offset, *udp;
+	__u8 *ip = (__u8 *)data + mcr_bounded(ip_offset, MCR_IP_OFFSET_MASK), *udp;
 	__u16 first, first_after, hops, hops_after; /* version, length and TOS; TTL and protocol */
 	mcr_word16 *check = (mcr_word16 *)(ip + 10);
 	__u32 change;
@@ -143,7 +146,7 @@ static __always_inline int mcr_rewrite_ipv6(void *data, void *data_end, const st
 					    const struct mcr_kernel_output *output, __u32 ip_offset,
 					    __u32 udp_offset)
 {
-	__u8 *ip = (__u8 *)data + ip_offset, *udp;
+	__u8 *ip = (__u8 *)data + mcr_bounded(ip_offset, MCR_IP_OFFSET_MASK), *udp;
 	__u16 first; /* version, traffic class, and the start of the flow label */
 	__u32 change;
 
@@ -155,7 +158,7 @@ static __always_inline int mcr_rewrite_ipv6(void *data, void *data_end, const st
 	change = mcr_rewrite_addresses(ip + 8, output, 4);
 	if (metadata->flags & MCR_METADATA_LATER_FRAGMENT)
 		return MCR_REWRITTEN;
-	udp = (__u8 *)data + udp_offset;
+	udp = (__u8 *)data + mcr_bounded(udp_offset, MCR_UDP_OFFSET_MASK);
 	if ((void *)(udp + MCR_UDP_LENGTH) > data_end)
 		return MCR_DROP_TRUNCATED;
 	mcr_update_udp(udp, metadata, change, output);
@@ -200,9 +203,10 @@ static __always_inline int mcr_rewrite_ip(void *data, void *data_end, const stru
 	__u32 ip_offset = metadata->ip_offset, udp_offset = metadata->payload_offset - MCR_UDP_LENGTH;
 	__u8 *ip;
 
-	if (ip_offset < MCR_ETHERNET_LENGTH || ip_offset > MCR_MAX_IP_OFFSET || udp_offset > 0x7fff)
+	if (ip_offset < MCR_ETHERNET_LENGTH || ip_offset > MCR_MAX_IP_OFFSET ||
+	    udp_offset > MCR_UDP_OFFSET_MASK)
 		return MCR_DROP_TRUNCATED;
-	ip = (__u8 *)data + ip_offset;
+	ip = (__u8 *)data + mcr_bounded(ip_offset, MCR_IP_OFFSET_MASK);
 	if ((void *)(ip + 1) > data_end)
 		return MCR_DROP_TRUNCATED;
 	if (*ip >> 4 == 4)
