@@ -14,7 +14,7 @@
 /* Bumped whenever a struct, a limit or the meaning of a field changes: pinned state of another
  * version is refused, never guessed at. */
 enum mcr_version {
-	MCR_ABI_VERSION = 4,
+	MCR_ABI_VERSION = 5,
 };
 
 enum mcr_limit {
@@ -53,13 +53,15 @@ enum mcr_drop_reason {
 	MCR_DROP_NO_METADATA = 5,  /* the driver left no room for metadata */
 	MCR_DROP_UNKNOWN_RULE = 6, /* the worker no longer knows the rule */
 	MCR_DROP_NO_OUTPUT = 7,	   /* every output is absent or not in place yet */
-	MCR_DROP_BAD_CHECKSUM = 8, /* kernel path: the UDP checksum cannot be completed */
+	MCR_DROP_BAD_CHECKSUM =
+		8, /* of the IPv4 header; of UDP, where it is verified or cannot be completed */
 	/* The four below happen between the XDP program and the worker's batch, or in a worker's hands. */
 	MCR_DROP_RECEIVE_RING_FULL = 9, /* AF_XDP: the worker was behind */
 	MCR_DROP_FILL_RING_EMPTY = 10,	/* AF_XDP: no frame was free */
 	MCR_DROP_REDIRECT_FAILED = 11,	/* the kernel refused the redirect for another reason */
 	MCR_DROP_WORKER_DIED = 12,	/* it was in the hands of a worker that was killed or failed */
-	MCR_DROP_REASONS = 13,
+	MCR_DROP_TTL_EXPIRED = 13,	/* it arrived with TTL 0 */
+	MCR_DROP_REASONS = 14,
 };
 
 /* Why a relayed packet was not sent by one output. */
@@ -170,8 +172,8 @@ struct mcr_bulk {
 	__u64 begun_ns; /* CLOCK_MONOTONIC to a tick, when the first of them came */
 	__u32 ifindex;	/* of the device */
 	__u32 count;
-	__u32 bytes; /* of payload of all of them */
-	__u32 mixed; /* what their entries differ in from the first one */
+	__u32 bytes;		      /* of payload of all of them */
+	__u32 mixed;		      /* what their entries differ in from the first one */
 	__u32 frames[MCR_BULK_SLOTS]; /* output_id << 16 | payload length */
 };
 
@@ -353,6 +355,7 @@ struct mcr_setup {
 	__u32 worker_slot;
 	__u32 user_id; /* to become after set-up; 0 stays who it is */
 	__u32 group_id;
+	__u32 verify_checksums;			/* of UDP, where the device has not done it */
 	__u32 egress_threads;			/* 0: the ingress thread sends */
 	__s32 cpus[1 + MCR_MAX_EGRESS_THREADS]; /* of the ingress thread, then the egress threads; -1: any */
 	char interface[16];
@@ -417,8 +420,8 @@ _Static_assert(sizeof(struct mcr_kernel_output) == 64, "struct mcr_kernel_output
 _Static_assert(sizeof(struct mcr_fragment_key) == 44, "struct mcr_fragment_key");
 _Static_assert(sizeof(struct mcr_metadata) == 24,
 	       "struct mcr_metadata: at most 32 on kernel 6.1, a multiple of 4");
-_Static_assert(sizeof(struct mcr_rule_stats) == 152, "struct mcr_rule_stats");
-_Static_assert(sizeof(struct mcr_rule_counters) == 144, "struct mcr_rule_counters");
+_Static_assert(sizeof(struct mcr_rule_stats) == 160, "struct mcr_rule_stats");
+_Static_assert(sizeof(struct mcr_rule_counters) == 152, "struct mcr_rule_counters");
 _Static_assert(sizeof(struct mcr_output_counters) == 112, "struct mcr_output_counters");
 _Static_assert(sizeof(struct mcr_worker_counters) == 88, "struct mcr_worker_counters");
 _Static_assert(sizeof(struct mcr_tap) == 88, "struct mcr_tap");

@@ -281,7 +281,8 @@ static __always_inline u64 tap_take(struct xdp_md *ctx, struct tap_scratch *told
 	if (captured > MCR_TAP_BYTES)
 		captured = MCR_TAP_BYTES;
 	mcr_opaque(captured);
-	mcr_opaque(least); /* compared with zero, an older verifier would not see that the rest is at least 1 */
+	mcr_opaque(
+		least); /* compared with zero, an older verifier would not see that the rest is at least 1 */
 	if (captured < least || bpf_xdp_load_bytes(ctx, 0, told->bytes, captured))
 		return 0;
 	return captured;

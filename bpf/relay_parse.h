@@ -23,6 +23,7 @@ enum {
 	MCR_PROTOCOL_DESTINATION = 60,
 	MCR_ETHERNET_LENGTH = 14,
 	MCR_VLAN_LENGTH = 4,
+	MCR_IPV4_LENGTH = 20, /* without options */
 	MCR_IPV6_LENGTH = 40,
 	MCR_UDP_LENGTH = 8,
 	MCR_ANY_LENGTH = 0x7fffffff, /* of a frame: the caller checks it later */
@@ -75,6 +76,26 @@ static __always_inline __u32 mcr_swap32(__u32 value)
 static __always_inline __u16 mcr_load_u16(const void *from)
 {
 	return mcr_swap16(*(const mcr_word16 *)from);
+}
+
+/* A sum of 16-bit words, or of sums of such words, in ones' complement (RFC 1071). */
+static __always_inline __u16 mcr_fold(__u32 sum)
+{
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return (__u16)sum;
+}
+
+/* The sum of 16-bit words in memory order, which a checksum may be made of in any byte order (RFC 1071). */
+static __always_inline __u32 mcr_sum(const void *from, int words)
+{
+	const mcr_word16 *word = from;
+	__u32 sum = 0;
+
+#pragma GCC unroll 20
+	for (int i = 0; i < words; i++)
+		sum += word[i];
+	return sum;
 }
 
 static __always_inline void mcr_copy_words(void *to, const void *from, int words)
@@ -156,6 +177,38 @@ static __always_inline int mcr_later_fragment(struct mcr_packet *packet, __u32 o
 	return MCR_PARSED_LATER_FRAGMENT;
 }
 
+/* Whether the IPv4 header is as it was sent (RFC 791): its words and its checksum add up to all ones. */
+static __always_inline int mcr_is_sound_ipv4(const __u8 *ip, const void *data_end, __u32 header_length)
+{
+	__u32 sum = mcr_sum(ip, MCR_IPV4_LENGTH / 2);
+
+#pragma GCC unroll 10
+	for (__u32 at = MCR_IPV4_LENGTH; at < 60; at += 4) {
+		if (at >= header_length)
+			break;
+		if ((const void *)(ip + at + 4) > data_end)
+			return 0;
+		sum += mcr_sum(ip + at, 2);
+	}
+	return mcr_fold(sum) == 0xffff;
+}
+
+/*
+ * Nobody may relay a packet whose header was damaged on its way, nor one whose time is over (RFC 1812 section 5.2.2
+ * and 5.3.1). Of a damaged header no length can be believed.
+ */
+static __always_inline void mcr_check_header(struct mcr_packet *packet, int sound)
+{
+	if (packet->drop_reason == MCR_DROP_TRUNCATED)
+		return;
+	if (!sound) {
+		packet->drop_reason = MCR_DROP_BAD_CHECKSUM;
+		packet->payload_length = 0;
+	} else if (!packet->ttl) {
+		packet->drop_reason = MCR_DROP_TTL_EXPIRED;
+	}
+}
+
 /* RFC 791. */
 static __always_inline int mcr_parse_ipv4(void *data, void *data_end, void *cursor, __u32 frame_length,
 					  struct mcr_packet *packet)
@@ -163,12 +216,13 @@ static __always_inline int mcr_parse_ipv4(void *data, void *data_end, void *curs
 	__u8 *ip = cursor;
 	__u32 header_length, total_length;
 	__u16 fragment;
+	int parsed;
 
-	if ((void *)(ip + 20) > data_end || ip[0] >> 4 != 4)
+	if ((void *)(ip + MCR_IPV4_LENGTH) > data_end || ip[0] >> 4 != 4)
 		return MCR_PARSED_OTHER;
 	header_length = (ip[0] & 0x0f) * 4;
 	total_length = mcr_load_u16(ip + 2);
-	if (header_length < 20 || ip[9] != MCR_PROTOCOL_UDP)
+	if (header_length < MCR_IPV4_LENGTH || ip[9] != MCR_PROTOCOL_UDP)
 		return MCR_PARSED_OTHER;
 	fragment = mcr_load_u16(ip + 6);
 	packet->ip_length = total_length;
@@ -178,10 +232,13 @@ static __always_inline int mcr_parse_ipv4(void *data, void *data_end, void *curs
 	mcr_map_ipv4(packet->key.saddr, ip + 12);
 	mcr_map_ipv4(packet->key.daddr, ip + 16);
 	if (fragment & 0x1fff)
-		return mcr_later_fragment(packet, packet->ip_offset + header_length,
-					  packet->ip_offset + total_length, frame_length);
-	return mcr_parse_udp(data, data_end, ip + header_length, frame_length,
-			     packet->ip_offset + total_length, fragment & 0x2000, packet);
+		parsed = mcr_later_fragment(packet, packet->ip_offset + header_length,
+					    packet->ip_offset + total_length, frame_length);
+	else
+		parsed = mcr_parse_udp(data, data_end, ip + header_length, frame_length,
+				       packet->ip_offset + total_length, fragment & 0x2000, packet);
+	mcr_check_header(packet, mcr_is_sound_ipv4(ip, data_end, header_length));
+	return parsed;
 }
 
 /* RFC 8200, with the extension headers that may come before UDP; RFC 4302 for the authentication header. */
@@ -191,7 +248,7 @@ static __always_inline int mcr_parse_ipv6(void *data, void *data_end, void *curs
 	__u8 *ip = cursor, *header = ip + MCR_IPV6_LENGTH;
 	__u32 ip_end;
 	__u8 protocol;
-	int fragment = 0;
+	int fragment = 0, parsed;
 
 	if ((void *)header > data_end || ip[0] >> 4 != 6)
 		return MCR_PARSED_OTHER;
@@ -218,9 +275,12 @@ static __always_inline int mcr_parse_ipv6(void *data, void *data_end, void *curs
 
 			packet->identification = (__u32)mcr_load_u16(header + 4) << 16 |
 						 mcr_load_u16(header + 6);
-			if (field & 0xfff8 && header[0] == MCR_PROTOCOL_UDP)
-				return mcr_later_fragment(packet, header + 8 - (__u8 *)data, ip_end,
-							  frame_length);
+			if (field & 0xfff8 && header[0] == MCR_PROTOCOL_UDP) {
+				parsed = mcr_later_fragment(packet, header + 8 - (__u8 *)data, ip_end,
+							    frame_length);
+				mcr_check_header(packet, 1);
+				return parsed;
+			}
 			if (field & 0xfff8)
 				return MCR_PARSED_OTHER;
 			fragment |= field & 1;
@@ -236,7 +296,9 @@ static __always_inline int mcr_parse_ipv6(void *data, void *data_end, void *curs
 	}
 	if (protocol != MCR_PROTOCOL_UDP)
 		return MCR_PARSED_OTHER;
-	return mcr_parse_udp(data, data_end, header, frame_length, ip_end, fragment, packet);
+	parsed = mcr_parse_udp(data, data_end, header, frame_length, ip_end, fragment, packet);
+	mcr_check_header(packet, 1);
+	return parsed;
 }
 
 /*

@@ -21,29 +21,9 @@ enum {
 
 enum { MCR_REWRITTEN = -1 };
 
-/* A sum of 16-bit words, or of sums of such words, in ones' complement (RFC 1071). */
-static __always_inline __u16 mcr_fold(__u32 sum)
-{
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	return (__u16)sum;
-}
-
 static __always_inline void mcr_store_u16(void *to, __u16 value)
 {
 	*(mcr_word16 *)to = mcr_swap16(value);
-}
-
-/* The sum of 16-bit words in memory order, which a checksum may be made of in any byte order (RFC 1071). */
-static __always_inline __u32 mcr_sum(const void *from, int words)
-{
-	const mcr_word16 *word = from;
-	__u32 sum = 0;
-
-#pragma GCC unroll 20
-	for (int i = 0; i < words; i++)
-		sum += word[i];
-	return sum;
 }
 
 enum { MCR_NO_CHANGE = 0xffff * 32 }; /* zero in ones' complement, and more than any sum of 32 words */

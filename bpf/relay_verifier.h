@@ -9,11 +9,11 @@
 #define MCR_RELAY_VERIFIER_H
 
 /* value, which lies within mask, a power of two less one: to be used right where a pointer is made of it. */
-#define mcr_bounded(value, mask)                                               \
-	({                                                                     \
-		u64 bounded = (value);                                         \
-		asm volatile("%0 &= %1" : "+r"(bounded) : "i"((int)(mask)));   \
-		bounded;                                                       \
+#define mcr_bounded(value, mask)                                                                             \
+	({                                                                                                   \
+		u64 bounded = (value);                                                                       \
+		asm volatile("%0 &= %1" : "+r"(bounded) : "i"((int)(mask)));                                 \
+		bounded;                                                                                     \
 	})
 
 /* From here on the compiler knows nothing of the variable: of a loop's counter, it keeps to what the source says. */

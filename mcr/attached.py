@@ -292,6 +292,7 @@ class AttachedInterface:
                 # Zero-copy sockets bypass the stack, where a program in generic mode runs.
                 zero_copy="off" if self.mode == "generic" else self.attachment.zero_copy,
                 busy_poll=self.attachment.busy_poll,
+                verify_checksums=self.attachment.udp_checksums == "verify",
                 queue_first=own.start,
                 queue_count=len(own),
                 frame_size=frame_size(facts),

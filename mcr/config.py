@@ -35,6 +35,7 @@ from mcr.toml_lines import KeyLines, KeyPath
 Mode: TypeAlias = Literal["auto", "native", "generic"]
 Ingress: TypeAlias = Literal["auto", "xsk", "packet"]
 ZeroCopy: TypeAlias = Literal["auto", "on", "off"]
+UdpChecksums: TypeAlias = Literal["verify", "trust"]
 ControlRead: TypeAlias = Literal["group", "all"]
 
 MAX_FILE_BYTES = 4 * 1024 * 1024
@@ -44,7 +45,10 @@ _KEYS = ("metrics", "attach", "rule", "control")
 _TLS_KEYS = ("tls_cert", "tls_key", "client_ca")
 _METRICS_KEYS = ("listen", *_TLS_KEYS)
 _CONTROL_KEYS = ("read",)
-_ATTACH_KEYS = ("interface", "mode", "ingress", "zero_copy", "busy_poll", "workers", "egress_threads", "cpus")
+_ATTACH_KEYS = (
+    *("interface", "mode", "ingress", "zero_copy", "udp_checksums", "busy_poll"),
+    *("workers", "egress_threads", "cpus"),
+)
 _RULE_KEYS = ("name", "from", "to", "path")
 
 _Word = TypeVar("_Word", bound=str)
@@ -54,6 +58,7 @@ _Word = TypeVar("_Word", bound=str)
 class Attachment:
     """An interface to attach and how. Where it was asked for does not count in `==`.
 
+    udp_checksums: whether the worker path verifies them where the device has not, or trusts them.
     cpus: of every thread of every worker in turn, used again from the start where there are fewer; empty
     where the kernel may choose.
     """
@@ -62,6 +67,7 @@ class Attachment:
     mode: Mode = "auto"
     ingress: Ingress = "auto"
     zero_copy: ZeroCopy = "auto"
+    udp_checksums: UdpChecksums = "verify"
     busy_poll: bool = False
     workers: int = 1
     egress_threads: int = 0
@@ -161,6 +167,7 @@ def parse_attachment(table: Mapping[str, object], place: Place = NOWHERE) -> Att
         mode=_word(table, "mode", get_args(Mode), "auto", place),
         ingress=_word(table, "ingress", get_args(Ingress), "auto", place),
         zero_copy=_word(table, "zero_copy", get_args(ZeroCopy), "auto", place),
+        udp_checksums=_word(table, "udp_checksums", get_args(UdpChecksums), "verify", place),
         busy_poll=_flag(table, "busy_poll", place),
         workers=_number(table, "workers", 1, MCR_MAX_WORKERS, 1, place),
         egress_threads=_number(table, "egress_threads", 0, MCR_MAX_EGRESS_THREADS, 0, place),

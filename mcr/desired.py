@@ -45,6 +45,7 @@ class WorkerSetup:
     ingress: Literal["xsk", "packet"]
     zero_copy: Literal["auto", "on", "off"]
     busy_poll: bool
+    verify_checksums: bool
     queue_first: int
     queue_count: int
     frame_size: int

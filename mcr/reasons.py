@@ -47,8 +47,8 @@ RULE_DROPS: dict[str, tuple[str, str]] = {
     "unknown_rule": ("the worker did not know the rule (any more)", "none is needed if it does not grow"),
     "no_output": ("no output was in place", "bring up the egress interfaces: mcr rule show NAME"),
     "bad_checksum": (
-        "a sender on this host left the checksum to the device, and it cannot be completed",
-        "choose --path worker",
+        "damaged on its way: the IPv4 header's checksum is wrong, or on the worker path UDP's",
+        "look for the link or device that damages packets, or for a sender that writes wrong checksums",
     ),
     "receive_ring_full": ("the worker was behind", "give it more of a CPU, or attach with more workers"),
     "fill_ring_empty": (
@@ -57,6 +57,7 @@ RULE_DROPS: dict[str, tuple[str, str]] = {
     ),
     "redirect_failed": ("the kernel refused the redirect", "attach again: mcr detach, then mcr attach"),
     "worker_died": ("a worker died with it in its hands", "see the log for why it ended"),
+    "ttl_expired": ("it arrived with TTL 0", "let the sender use a greater TTL, or look for a loop"),
 }
 
 # By the names of enum mcr_output_drop_reason.

@@ -137,6 +137,7 @@ class WorkerProcess:
             "off": lib.MCR_ZERO_COPY_OFF,
         }[setup.zero_copy]
         body.busy_poll = setup.busy_poll
+        body.verify_checksums = setup.verify_checksums
         body.worker_slot = setup.slot
         body.user_id, body.group_id = setup.user_id, setup.group_id
         body.egress_threads = setup.egress_threads

@@ -44,6 +44,13 @@ def _report(interface: str, mode: str, ingress: str) -> None:
 @click.option("--mode", type=click.Choice(["auto", "native", "generic"]), default="auto", show_default=True)
 @click.option("--ingress", type=click.Choice(["auto", "xsk", "packet"]), default="auto", show_default=True)
 @click.option("--zero-copy", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True)
+@click.option(
+    "--udp-checksums",
+    type=click.Choice(["verify", "trust"]),
+    default="verify",
+    show_default=True,
+    help="Whether the worker path drops what a wrong checksum shows to be damaged.",
+)
 @click.option("--busy-poll", is_flag=True, help="Spin instead of sleeping: lowest latency, one core busy.")
 @click.option(
     "--workers",

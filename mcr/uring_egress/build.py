@@ -22,6 +22,7 @@ SOURCES = (
     "rules",
     "commands",
     "egress",
+    "checksum",
     "latency",
     "pipes",
     "threads",

@@ -89,10 +89,11 @@ struct packet {
 	uint16_t queue;
 	uint16_t payload_offset;
 	uint16_t payload_length;
-	uint16_t ip_offset;
 	uint16_t dport;
+	uint8_t ip_offset;
 	uint8_t ttl;
 	uint8_t tos;
+	bool verified; /* its UDP checksum, by the device that it came from */
 };
 
 /* Packets of one rule with one payload size (the last may be shorter) that are sent together. */
@@ -331,6 +332,9 @@ int egress_relay(struct egress *egress, struct packet *packets, uint32_t count);
 int egress_complete(struct egress *egress, uint32_t send_index, int result);
 int egress_apply(struct egress *egress, const struct mcr_command *command, int fd);
 int egress_settle(struct egress *egress);
+
+/* checksum.c: takes what was damaged on its way out of the batch. */
+int checksum_verify(struct worker *worker);
 
 /* latency.c */
 void latency_add(struct mcr_latency *latency, const uint64_t *rx_times_ns, uint32_t count, uint64_t now_ns);

@@ -154,7 +154,7 @@ static uint32_t admit(struct worker *worker, uint8_t *data, uint32_t captured, u
 }
 
 static void enqueue(struct worker *worker, uint8_t *data, uint32_t frame, uint32_t rule_id,
-		    const struct mcr_packet *parsed)
+		    const struct mcr_packet *parsed, bool verified)
 {
 	struct packet_state *state = worker->packet;
 	uint64_t now_ns = clock_ns();
@@ -170,6 +170,7 @@ static void enqueue(struct worker *worker, uint8_t *data, uint32_t frame, uint32
 		.dport = parsed->key.dport,
 		.ttl = parsed->ttl,
 		.tos = parsed->tos,
+		.verified = verified,
 	};
 	counter_set(&worker->rule_counters[rule_id].last_seen_ns, now_ns);
 }
@@ -183,6 +184,7 @@ static int receive(struct worker *worker, uint32_t frame, int result)
 	const struct tpacket_auxdata *aux;
 	struct mcr_packet parsed;
 	uint32_t captured, rule_id = 0;
+	bool verified = false;
 	uint8_t *data;
 
 	if (!out)
@@ -196,12 +198,13 @@ static int receive(struct worker *worker, uint32_t frame, int result)
 
 		data += sizeof(*header);
 		captured -= sizeof(*header);
+		verified = header->flags & (VIRTIO_NET_HDR_F_NEEDS_CSUM | VIRTIO_NET_HDR_F_DATA_VALID);
 		rule_id = admit(worker, data, captured, aux->tp_len, tag,
 				header->gso_type != VIRTIO_NET_HDR_GSO_NONE, &parsed);
 	}
 	if (!rule_id)
 		return frames_give(worker, &frame, 1, FRAME_RECEIVE, 0);
-	enqueue(worker, data, frame, rule_id, &parsed);
+	enqueue(worker, data, frame, rule_id, &parsed, verified);
 	return 0;
 }
 

@@ -55,10 +55,14 @@ static int idle(struct worker *worker)
 
 static int relay_batch(struct worker *worker)
 {
-	int status;
+	int status = 0;
 
 	worker->counters->batches++;
 	worker->counters->packets += worker->batch_count;
+	if (worker->setup.verify_checksums)
+		status = checksum_verify(worker);
+	if (status)
+		return status;
 	if (worker->pipes)
 		status = pipes_relay(worker);
 	else

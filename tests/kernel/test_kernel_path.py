@@ -219,7 +219,7 @@ def test_ethernet_padding_travels_along(relay: Relay, family: int) -> None:
 
 @FAMILIES
 @pytest.mark.parametrize("ttl", [1, 64, 255])
-@pytest.mark.parametrize("ttl_before", [0, 1, 255])
+@pytest.mark.parametrize("ttl_before", [1, 2, 255])
 def test_a_ttl_is_set_whatever_it_was(relay: Relay, family: int, ttl: int, ttl_before: int) -> None:
     put(relay, family, ttl=ttl)
     assert_relayed(relay, replace(PACKET[family], ttl=ttl_before), replace(EXPECTED[family], ttl=ttl))
@@ -234,11 +234,10 @@ def test_a_ttl_is_decremented(relay: Relay, family: int, ttl: int) -> None:
 
 
 @FAMILIES
-@pytest.mark.parametrize("ttl", [0, 1])
-def test_an_expired_ttl_is_a_drop_of_the_output(relay: Relay, family: int, ttl: int) -> None:
+def test_an_expired_ttl_is_a_drop_of_the_output(relay: Relay, family: int) -> None:
     put(relay, family)
     relay.set_output(OUTPUT, output(relay, family, flags=DECREMENT_TTL))
-    assert_output_drops(relay, replace(PACKET[family], ttl=ttl).frame(), "ttl_expired", 17)
+    assert_output_drops(relay, replace(PACKET[family], ttl=1).frame(), "ttl_expired", 17)
 
 
 @FAMILIES

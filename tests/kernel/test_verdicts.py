@@ -230,7 +230,7 @@ def test_a_udp_checksum_of_zero_is_relayed(ready: Relay) -> None:
     assert_relayed(ready, frame, metadata4(17))
 
 
-@pytest.mark.parametrize(("ttl", "tos"), [(0, 0), (1, 1), (255, 255)])
+@pytest.mark.parametrize(("ttl", "tos"), [(1, 0), (2, 1), (255, 255)])
 def test_ttl_and_dscp_are_in_the_metadata(ready: Relay, ttl: int, tos: int) -> None:
     assert_relayed(ready, datagram4(PAYLOAD, ttl=ttl, tos=tos), replace(metadata4(17), ttl=ttl, tos=tos))
     frame = ethernet(ipv6(udp(PAYLOAD, ADDRESSES6), traffic_class=tos, hop_limit=ttl), IPV6)

@@ -88,7 +88,7 @@ async def driven(
     """A worker that takes the traffic of in0; shut down at the end, which must go well."""
     ifindex = socket.if_nametoindex("in0")
     setup = WorkerSetup(
-        "in0", ifindex, SLOT, ingress, "auto", False, 0, 1, FRAME_SIZE, FRAME_COUNT, NOBODY, NOBODY,
+        "in0", ifindex, SLOT, ingress, "auto", False, True, 0, 1, FRAME_SIZE, FRAME_COUNT, NOBODY, NOBODY,
         egress_threads, cpus,
     )  # fmt: skip
     worker = await WorkerProcess.spawn("in0", command=command)

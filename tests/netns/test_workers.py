@@ -233,8 +233,9 @@ def test_rules_that_are_added_at_the_same_time_are_all_kept(lab: Lab) -> None:
 
 
 SETUP = WorkerSetup(
-    interface="lo", ifindex=1, slot=0, ingress="packet", zero_copy="off", busy_poll=False, queue_first=0,
-    queue_count=1, frame_size=2048, frame_count=8192, user_id=0, group_id=0,
+    interface="lo", ifindex=1, slot=0, ingress="packet", zero_copy="off", busy_poll=False,
+    verify_checksums=True, queue_first=0, queue_count=1, frame_size=2048, frame_count=8192,
+    user_id=0, group_id=0,
 )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def test_a_file_becomes_attachments_rules_and_settings(tmp_path: Path) -> None:
     path = write(tmp_path, EXAMPLE)
     config = load_config([path])
     assert config == Config(
-        attachments=(Attachment("eth0"), Attachment("eth1", "native", "xsk", "on", True)),
+        attachments=(Attachment("eth0"), Attachment("eth1", "native", "xsk", "on", busy_poll=True)),
         rules=(
             Rule(
                 "studio-cam-1",
