@@ -248,7 +248,10 @@ class AttachedInterface:
         self._log.info("%s: attached in %s mode", self.name, self.mode)
 
     def _pin_link(self, facts: InterfaceFacts) -> None:
-        if self.keep and self._link is not None and self._link.pin is None:
+        """Only with keep does it outlive this supervisor, also one that an earlier supervisor kept."""
+        if self._link is not None and not self.keep:
+            self._link.unpin()
+        elif self._link is not None and self._link.pin is None:
             self._link.keep(loader.link_dir(self.instance) / str(facts.ifindex))
 
     def _attach_to_new_queues(self, facts: InterfaceFacts) -> None:

@@ -361,6 +361,12 @@ class Link:
         _pin(self.fd, path)
         self.pin = path
 
+    def unpin(self) -> None:
+        """It ends with this process."""
+        if self.pin is not None:
+            self.pin.unlink(missing_ok=True)
+            self.pin = None
+
     def let_go(self) -> None:
         """Closes the descriptor; a pinned link goes on."""
         if self.fd >= 0:
@@ -369,9 +375,7 @@ class Link:
 
     def close(self) -> None:
         """Detaches the program."""
-        if self.pin is not None:
-            self.pin.unlink(missing_ok=True)
-            self.pin = None
+        self.unpin()
         self.let_go()
 
 
