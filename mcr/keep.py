@@ -1,9 +1,10 @@
 """What outlives a supervisor that is told to keep forwarding, and how the next one takes it over.
 
 The kernel path needs no process: its maps, programs and, with `--on-exit keep`, its XDP links are pinned, and
-a file beside the control socket remembers which ids belong to which rules and outputs. The next supervisor
-adopts all of it if its layout is the same, and refuses it, with both versions named, if not. This module must
-never change what is forwarded.
+a file beside the control socket remembers which ids belong to which rules and outputs. The process of the
+joins outlives the supervisor as long as there are such links. The next supervisor adopts all of it if its
+layout is the same, and refuses it, with both versions named, if not. This module must never change what is
+forwarded.
 """
 
 import json
@@ -16,6 +17,7 @@ from mcr._bpf import ffi, lib
 from mcr.control import socket_path
 from mcr.desired import Ids
 from mcr.errors import McrError
+from mcr.membership_life import Refuge
 
 LARGEST_SETTINGS = 4096  # bytes; only the first field, the version, is looked at
 
@@ -51,6 +53,11 @@ def load_ids(instance: str) -> Ids:
 def forget(instance: str) -> None:
     """Removes the file of ids."""
     ids_path(instance).unlink(missing_ok=True)
+
+
+def refuge(instance: str) -> Refuge:
+    """Where the joins of an instance outlive their supervisor, for as long as its links do."""
+    return Refuge(socket_path(instance).with_suffix(".join"), loader.link_dir(instance))
 
 
 def is_forwarding(instance: str) -> bool:

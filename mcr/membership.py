@@ -1,7 +1,8 @@
-"""The supervisor's side of the joins: what shall be joined, told to a process that holds it.
+"""The supervisor's side of the joins: what is to be joined, and that a process holds it.
 
-The process (membership_process.py) is started again when it dies, and refused joins are tried again. This
-module must never wait for it longer than REPLY_TIMEOUT_S.
+The process (membership_process.py) is started again when it dies, and refused joins are tried again. A
+supervisor that keeps the kernel path leaves it to the next one. This module must never wait for an answer of
+it longer than membership_life.REPLY_TIMEOUT_S.
 """
 
 import asyncio
@@ -11,26 +12,18 @@ import logging
 import os
 import resource
 import socket
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-import _cffi_backend
-
+from mcr import __version__
 from mcr.errors import McrError
-from mcr.line_log import LineLog
+from mcr.membership_life import Life, Refuge
 from mcr.stream import Address
 
-REPLY_TIMEOUT_S = 3.0
-STOP_TIMEOUT_S = 2.0
 RETRY_INTERVAL_S = 3.0
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 0.1, 10.0
-MAX_LINE_BYTES = 16 << 20
 REFUSALS_LOGGED = 10
 NOBODY = 65534
-# All that the process finds modules in: it starts without site packages, to be small.
-IMPORT_PATHS = (Path(__file__).resolve().parent.parent, Path(_cffi_backend.__file__).resolve().parent)
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +37,7 @@ class Membership:
     source: Address | None
 
     def join(self) -> str:
-        """As it goes over the socket pair."""
+        """As it is sent to the process."""
         return f"{self.ifindex},{self.group},{'' if self.source is None else self.source}"
 
     def __lt__(self, other: "Membership") -> bool:
@@ -100,90 +93,27 @@ def _explain(membership: Membership, number: int) -> tuple[str, str]:
     return cause + os.strerror(number), "see whether the kernel's log says more: dmesg"
 
 
-class _Process:
-    """One life of the process: its socket, its standard error and its end."""
-
-    def __init__(
-        self,
-        process: asyncio.subprocess.Process,
-        streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
-    ) -> None:
-        self.process = process
-        self.reader, self.writer = streams
-        assert process.stderr is not None
-        lines = LineLog(log, logging.WARNING, worker="membership")
-        self.logging = asyncio.create_task(lines.follow(process.stderr), name="mcr-membership-stderr")
-        self.sequence = 0
-
-    @classmethod
-    async def spawn(cls, user_id: int, group_id: int) -> "_Process":
-        """Raises OSError if the process cannot be started."""
-        ours, theirs = socket.socketpair()
-        try:
-            with theirs:
-                process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-s", "-S", "-P", "-m", "mcr.membership_process"),
-                    *(str(theirs.fileno()), str(user_id), str(group_id)),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.DEVNULL,
-                    stderr=asyncio.subprocess.PIPE,
-                    pass_fds=(theirs.fileno(),),
-                    env={"PYTHONPATH": os.pathsep.join(map(str, IMPORT_PATHS))},
-                )
-            return cls(process, await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES))
-        except BaseException:
-            ours.close()
-            raise
-
-    async def request(self, joins: Iterable[str]) -> tuple[int, dict[str, int]]:
-        """Sends the complete set, returns how many are held and the refused ones with their errno.
-
-        Raises OSError (TimeoutError if it is silent) or ValueError when the process is dead or broken.
-        """
-        self.sequence += 1
-        async with asyncio.timeout(REPLY_TIMEOUT_S):
-            self.writer.write(" ".join((str(self.sequence), *joins)).encode() + b"\n")
-            await self.writer.drain()
-            while True:
-                sequence, held, *refused = (await self.reader.readline()).decode().split()
-                if int(sequence) == self.sequence:  # an older one answers a request that was cancelled
-                    pairs = (text.rpartition(",") for text in refused)
-                    return int(held), {join: int(number) for join, _, number in pairs}
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
-
-    async def end(self) -> int:
-        """Closes its socket, upon which it leaves everything and exits; reaps it, returns its exit status.
-
-        It is killed if it has not ended after STOP_TIMEOUT_S.
-        """
-        self.writer.close()
-        try:
-            async with asyncio.timeout(STOP_TIMEOUT_S):
-                await self.process.wait()
-        except TimeoutError:
-            self.kill()
-            await self.process.wait()
-        await self.logging
-        return self.process.returncode or 0
-
-
 class MembershipWorker:
-    """The supervisor's side: keeps the process alive and tells it what to join.
+    """The supervisor's side: keeps a process alive and gives it what to join.
 
-    `held` is the number of memberships held, `failures` are those that were refused at the last attempt, one
-    every RETRY_INTERVAL_S, and `restarts` counts how often the process had to be started again.
+    keep: whether the process outlives the supervisor. `held` is the number of memberships held, `failures`
+    are those that were refused at the last attempt, one every RETRY_INTERVAL_S, and `restarts` counts how
+    often the process had to be started again.
     """
 
-    def __init__(self, user_id: int = NOBODY, group_id: int = NOBODY) -> None:
+    def __init__(
+        self, refuge: Refuge, keep: bool = False, user_id: int = NOBODY, group_id: int = NOBODY
+    ) -> None:
         self.held = 0
         self.failures: list[MembershipFailure] = []
         self.restarts = 0
+        self._refuge = refuge
+        self._keeps = keep
         self._user = user_id, group_id
         self._desired: frozenset[Membership] = frozenset()
-        self._process: _Process | None = None
+        self._process: Life | None = None
+        self._earlier: Life | None = None  # until the process has what this one holds
+        self._in_charge = False  # whether the process has been given a complete set
         self._tasks: list[asyncio.Task[None]] = []
         self._turn = asyncio.Lock()
         self._refused: set[Membership] = set()
@@ -191,22 +121,37 @@ class MembershipWorker:
     @property
     def pid(self) -> int | None:
         """The process, None while there is none."""
-        return self._process.process.pid if self._process else None
+        return self._process.pid if self._process else None
 
-    async def start(self) -> None:
-        """Starts the process and keeps it running until stop(). Raises McrError if it does not start."""
-        try:
-            self._process = await _Process.spawn(*self._user)
-        except OSError as error:
-            raise McrError(
-                f"cannot start the process that joins groups: {error.strerror or error}",
-                "free memory or processes (ulimit -u), then try again",
-            ) from error
+    async def find(self) -> None:
+        """Looks for the process that an earlier supervisor left; it keeps its joins at least until start().
+
+        To be called before anything is done to the kernel path that the joins are kept for.
+        """
+        self._refuge.aside.unlink(missing_ok=True)  # of a supervisor that died while it started
+        self._earlier = await Life.find(self._refuge)
+        if self._earlier is not None:
+            try:
+                await self._earlier.meet()
+            except (OSError, ValueError) as error:
+                log.error("pid %d, which holds joins, cannot be adopted: %r", self._earlier.pid, error)
+
+    async def start(self, adopt: bool = False) -> None:
+        """Takes over the process that was found, or starts one, and keeps one running until stop().
+
+        adopt: whether the kernel path that the joins of the found one are kept for goes on. One that is not
+        adopted ends when the new one holds the first set. Raises McrError if no process starts.
+        """
+        if adopt and self._earlier is not None and self._earlier.version == __version__:
+            self._process, self._earlier = self._earlier, None
+            self.held = self._process.held
+            log.info("adopting pid %d and its %d joins", self._process.pid, self.held)
+        else:
+            await self._start_first()
         self._tasks = [
             asyncio.create_task(self._keep(), name="mcr-membership"),
             asyncio.create_task(self._retry(), name="mcr-membership-retry"),
         ]
-        await self.set(self._desired)
 
     async def set(self, desired: frozenset[Membership]) -> list[MembershipFailure]:
         """Makes the memberships equal to the desired ones; returns those that could not be joined, in order.
@@ -214,22 +159,44 @@ class MembershipWorker:
         Never raises for a dead or silent process: then every membership is a failure, the process is started
         again, and it gets the last desired set.
         """
-        self._desired = desired
+        same, self._desired = desired == self._desired, desired
         async with self._turn:
-            await self._apply()
+            if not (same and self._in_charge and self.held == len(desired)):
+                await self._apply()
             return self.failures
 
     async def stop(self) -> None:
-        """Leaves every group and reaps the process, within STOP_TIMEOUT_S and a little."""
+        """Leaves every group and reaps the process, within STOP_TIMEOUT_S and a little; or lets it go on."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
         async with self._turn:
             process, self._process = self._process, None
-            if process is not None:
+            earlier, self._earlier = self._earlier, None
+            if earlier is not None:
+                earlier.let_go()
+            if process is not None and self._keeps:
+                process.let_go()
+                self._refuge.aside.unlink(missing_ok=True)
+            elif process is not None:
+                self._refuge.withdraw()
                 await process.end()
             self.held, self.failures, self._desired = 0, [], frozenset()
+
+    async def _start_first(self) -> None:
+        try:
+            self._process = await self._start()
+        except OSError as error:
+            raise McrError(
+                f"cannot start the process that joins groups: {error.strerror or error}",
+                "see the log; free memory or processes (ulimit -u), then try again",
+            ) from error
+
+    async def _start(self) -> Life:
+        """Raises OSError."""
+        self._in_charge = False
+        return await Life.start(*self._user, self._refuge if self._keeps else None)
 
     async def _apply(self) -> None:
         desired = {membership.join(): membership for membership in self._desired}
@@ -238,16 +205,30 @@ class MembershipWorker:
             self._lost(desired.values())
             return
         try:
-            self.held, refused = await process.request(desired)
+            self.held, refused = await process.request(desired, self._keeps)
             failures = [_refusal(desired[join], number) for join, number in refused.items()]
-            self.failures = sorted(failures, key=lambda failure: failure.membership)
-            self._log_refusals()
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, TimeoutError):
-                log.error("no answer for %g s, killing pid %d", REPLY_TIMEOUT_S, process.process.pid)
-                process.kill()
-            await process.end()
+                log.error("killing pid %d: %s", process.pid, error)
+            process.kill()  # upon which _keep starts another
             self._lost(desired.values())
+            return
+        self.failures = sorted(failures, key=lambda failure: failure.membership)
+        self._log_refusals()
+        if not self._in_charge:
+            await self._take_charge()
+
+    async def _take_charge(self) -> None:
+        """The process holds a complete set: from now on it is the one to be found, an earlier one ends."""
+        self._in_charge = True
+        if self._keeps:
+            self._refuge.publish()
+        else:
+            self._refuge.withdraw()
+        earlier, self._earlier = self._earlier, None
+        if earlier is not None:
+            log.info("pid %d, which another MCR or kernel path left, gives up its joins", earlier.pid)
+            await earlier.end()
 
     def _log_refusals(self) -> None:
         """Those that are new, and how many of the old ones have been joined after all."""
@@ -285,19 +266,24 @@ class MembershipWorker:
         while True:
             started_s = loop.time()
             if self._process is not None:
-                await self._process.process.wait()
-                process, self._process = self._process, None
-                status = await process.end()
-                self._lost(self._desired)
-                log.error("pid %d ended with status %d, restarting", process.process.pid, status)
+                await self._process.wait()
+                await self._bury()
             if loop.time() - started_s > BACKOFF_LAST_S:
                 backoff_s = BACKOFF_FIRST_S
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, BACKOFF_LAST_S)
             self.restarts += 1
             try:
-                self._process = await _Process.spawn(*self._user)
+                self._process = await self._start()
             except OSError as error:
                 log.error("cannot start the process that joins groups: %s", error)
                 continue
             await self.set(self._desired)
+
+    async def _bury(self) -> None:
+        process, self._process = self._process, None
+        assert process is not None
+        status = await process.end()
+        self._lost(self._desired)
+        how = "" if status is None else f" with status {status}"
+        log.error("pid %d ended%s, restarting", process.pid, how)

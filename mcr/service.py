@@ -193,7 +193,7 @@ async def run(
 ) -> None:
     """Runs a supervisor until SIGTERM or SIGINT; SIGHUP reloads. Raises McrError.
 
-    attachment: an interface to attach at once. on_exit="keep" leaves the kernel path forwarding, and
+    attachment: an interface to attach at once. on_exit="keep" leaves the kernel path and the joins, and
     replace_kept starts afresh where an earlier supervisor has left it. ready is called when everything asked
     for is in place.
     """

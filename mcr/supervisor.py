@@ -104,7 +104,7 @@ class Supervisor:
         self.desired = Desired({}, {}, frozenset())
         self.attached: dict[str, AttachedInterface] = {}
         self.reloads = Reloads()
-        self.membership = MembershipWorker()
+        self.membership = MembershipWorker(keep.refuge(instance), self.keep)
         self.maps: Maps
         self.rule_maps: RuleMaps
         self.tap: Tap
@@ -134,6 +134,8 @@ class Supervisor:
 
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self.membership.stop)
+            await self.membership.find()
             adopted = await asyncio.to_thread(self._load)
             stack.callback(self._unload)
             self.maps = stack.enter_context(Maps(self.instance))
@@ -146,8 +148,7 @@ class Supervisor:
                 await settle_worker(self.maps, rules, outputs)  # the workers ended with their supervisor
             self.tap = Tap(self.instance, self.maps)
             stack.push_async_callback(self.tap.close)
-            await self.membership.start()
-            stack.push_async_callback(self.membership.stop)
+            await self.membership.start(adopted)
             await stack.enter_async_context(self._monitor)
             stack.push_async_callback(self._stop)
             await self._start_config()
@@ -162,7 +163,7 @@ class Supervisor:
     async def __aexit__(self, *_: object) -> None:
         """Leaves nothing: interfaces detached, workers drained, groups left, pins gone.
 
-        With on_exit="keep" the kernel path stays as it is.
+        With on_exit="keep" the kernel path and the joins stay as they are.
         """
         await self._stack.aclose()
 
@@ -324,7 +325,6 @@ class Supervisor:
         needed = lookups_needed([rule.stream for rule in rules])
         await self._assign_ids(rules)
         await self._attach_interfaces(state, quietly)
-        joined = self.desired.memberships
         self.desired = await asyncio.to_thread(
             self._realiser.realise, rules, state.attachments, self.facts, self._ids
         )
@@ -333,8 +333,6 @@ class Supervisor:
             with _logging_errors(name, quietly):
                 await interface.put(self.desired.interfaces[name])
         self.maps.set_lookups(needed)
-        if self.desired.memberships == joined and self.membership.held == len(joined):
-            return
         await self.membership.set(self.desired.memberships)
 
     async def _assign_ids(self, rules: Sequence[Rule]) -> None:

@@ -26,7 +26,7 @@ from mcr.service import run
     type=click.Choice(["detach", "keep"]),
     default="detach",
     show_default=True,
-    help="Leave nothing, or leave the kernel path forwarding for the next supervisor to adopt.",
+    help="Leave nothing, or leave the kernel path and its joins for the next supervisor to adopt.",
 )
 @click.option("--replace", is_flag=True, help="Start afresh where an earlier supervisor left it forwarding.")
 @log_options

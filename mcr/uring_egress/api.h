@@ -25,9 +25,12 @@ uint32_t mcr_core_latency_bucket(uint64_t time_ns);
 int mcr_core_confine(void);
 
 /*
- * The confinement of the process that holds the joins, on the calling process: as that user if it is root, it
- * dies with its parent. Returns 0 or -errno.
+ * The confinement of the process that holds the joins, on the calling process: as that user if it is root.
+ * Returns 0 or -errno.
  */
 int mcr_core_confine_joins(uint32_t user, uint32_t group);
+
+/* Whether a directory has an entry, and the file at an address, an open path, still its name. */
+int mcr_core_is_kept(int links, int address);
 
 #endif /* MCR_API_H */

@@ -2,11 +2,13 @@
 /*
  * The loss of every privilege after set-up: another user, no capability, no way to gain one, and only the
  * system calls that the loops need. A worker that is taken over can use what it holds and open nothing; the
- * process that holds the joins can open UDP sockets and join groups on them, and nothing else.
+ * process that holds the joins can open UDP sockets and join groups on them, let its next supervisor in, and nothing
+ * else.
  *
  * User, capabilities and no_new_privs are each thread's own: they go before there are egress threads, which inherit
  * the loss. The filter, which would not let a thread start, comes after that and is put on all threads at once.
  */
+#include <dirent.h>
 #include <errno.h>
 #include <grp.h>
 #include <linux/audit.h>
@@ -17,6 +19,7 @@
 #include <stddef.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -91,7 +94,7 @@ static int filter_worker(void)
 
 /*
  * What the loop of membership_process.py needs: sockets for UDP alone, and of their options those that join
- * and leave (RFC 3678).
+ * and leave (RFC 3678); and to see who connects to the socket that it listens on, and what is kept.
  */
 static int filter_joins(void)
 {
@@ -109,6 +112,19 @@ static int filter_joins(void)
 		ALLOW(mremap),
 		ALLOW(munmap),
 		ALLOW(madvise),
+		ALLOW(accept4),
+		ALLOW(getsockname), /* Python, of what it has accepted */
+		ALLOW(fstat),
+		ALLOW(lseek),
+		ALLOW(getdents64),
+
+		SKIP_UNLESS(SYS_getsockopt, 6),
+		LOAD_ARGUMENT(1),
+		SKIP_UNLESS(SOL_SOCKET, 3),
+		LOAD_ARGUMENT(2),
+		SKIP_UNLESS(SO_PEERCRED, 1),
+		RETURN(SECCOMP_RET_ALLOW),
+		KILL,
 
 		SKIP_UNLESS(SYS_socket, 9),
 		LOAD_ARGUMENT(0),
@@ -159,9 +175,28 @@ int mcr_core_confine_joins(uint32_t user, uint32_t group)
 {
 	if (geteuid() == 0 && become(user, group))
 		return -errno;
-	/* After the change of user, which clears it. */
-	if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) || drop_privileges() || filter_joins())
+	if (drop_privileges() || filter_joins())
 		return -errno;
+	return 0;
+}
+
+/* System calls of its own: the filter knows no path, which the C library's fstat() passes. */
+int mcr_core_is_kept(int links, int address)
+{
+	_Alignas(struct dirent64) char entries[512]; /* "." and ".." take 24 bytes each, others at most 280 */
+	struct stat status;
+	long filled;
+	long at;
+
+	if (syscall(SYS_fstat, address, &status) || !status.st_nlink || lseek(links, 0, SEEK_SET))
+		return 0;
+	filled = syscall(SYS_getdents64, links, entries, sizeof(entries));
+	for (at = 0; at < filled; at += ((struct dirent64 *)(entries + at))->d_reclen) {
+		const char *name = ((struct dirent64 *)(entries + at))->d_name;
+
+		if (strcmp(name, ".") && strcmp(name, ".."))
+			return 1;
+	}
 	return 0;
 }
 

@@ -17,6 +17,9 @@ ETH_P_ALL = 3
 IGMP, HOP_BY_HOP, ICMPV6 = 2, 0, 58
 IGMPV3_REPORT, MLDV2_REPORT = 0x22, 143
 TO_INCLUDE, TO_EXCLUDE, ALLOW_NEW, BLOCK_OLD = 3, 4, 5, 6  # RFC 3376 4.2.12, RFC 3810 5.2.12
+REPEATED_WITHIN_S = (
+    3  # a change is reported several times, each within a second (RFC 3376 8.11, RFC 3810 9.11)
+)
 Record = tuple[int, str, tuple[str, ...]]
 
 ANY, ONE = "239.1.1.1%in0:5000", "10.1.0.1@232.1.1.1%in0:5000"
@@ -48,22 +51,37 @@ def records(frame: bytes) -> list[Record]:
 
 
 class Wire:
-    """What is reported to a namespace's eth0."""
+    """What is reported to an interface: `heard`, in order."""
 
     def __init__(self, packets: socket.socket) -> None:
         self.packets = packets
+        self.heard: list[Record] = []
 
     def wait_for(self, wanted: set[Record]) -> None:
         """Returns when all of these records have been reported."""
-        missing, deadline_s = set(wanted), time.monotonic() + 20
-        while missing:
+        deadline_s = time.monotonic() + 20
+        while missing := wanted - set(self.heard):
             assert time.monotonic() < deadline_s, missing
-            self.packets.settimeout(0.1)
-            with contextlib.suppress(TimeoutError):
-                missing.difference_update(records(self.packets.recv(65535)))
+            self._listen(0.1)
+
+    def settle(self, wanted: set[Record]) -> None:
+        """Waits for these records and until the kernel repeats none any more, then forgets them."""
+        self.wait_for(wanted)
+        count, since_s = len(self.heard), time.monotonic()
+        while time.monotonic() < since_s + REPEATED_WITHIN_S:
+            self._listen(0.1)
+            if len(self.heard) > count:
+                count, since_s = len(self.heard), time.monotonic()
+        self.forget()
+
+    def _listen(self, timeout_s: float) -> None:
+        self.packets.settimeout(timeout_s)
+        with contextlib.suppress(TimeoutError):
+            self.heard += records(self.packets.recv(65535))
 
     def forget(self) -> None:
         """Forgets what has been reported so far."""
+        self.heard.clear()
         self.packets.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -71,9 +89,9 @@ class Wire:
 
 
 @contextlib.contextmanager
-def wire(lab: Lab, namespace: Namespace) -> Iterator[Wire]:
+def wire(lab: Lab, namespace: Namespace, interface: str = "eth0") -> Iterator[Wire]:
     with lab.inside(namespace), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as packets:
-        packets.bind(("eth0", ETH_P_ALL))
+        packets.bind((interface, ETH_P_ALL))
         yield Wire(packets)
 
 

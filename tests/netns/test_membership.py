@@ -5,8 +5,10 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
+import stat
 import sys
 import time
 from collections.abc import Callable, Coroutine
@@ -16,23 +18,39 @@ from typing import Any
 
 import pytest
 
+import mcr
 from mcr.errors import McrError
 from mcr.membership import NOBODY, Membership, MembershipWorker
-from tests.netns.lab import KERNEL_GROUPS, SOLICITED_NODES, Lab, Namespace
+from mcr.membership_life import Refuge
+from tests.netns.lab import KERNEL_GROUPS, SOLICITED_NODES, Lab, Namespace, processes_in
+from tests.netns.test_joins import ALLOW_NEW, TO_EXCLUDE, TO_INCLUDE, Record, wire
 
 Groups = set[tuple[str, str]]
-ORPHANED_SUPERVISOR = """
-import asyncio, ipaddress, socket
+LONE_SUPERVISOR = """
+import asyncio, ipaddress, pathlib, socket, sys
+sys.path[:0] = sys.argv[4:]
 from mcr.membership import Membership, MembershipWorker
+from mcr.membership_life import Refuge
+def membership(group, source=None):
+    addresses = (text and ipaddress.ip_address(text) for text in (group, source))
+    return Membership(socket.if_nametoindex("eth0"), *addresses)
 async def main():
-    worker = MembershipWorker()
+    worker = MembershipWorker(Refuge(*map(pathlib.Path, sys.argv[1:3])), keep=sys.argv[3] == "keep")
     await worker.start()
-    group = ipaddress.ip_address("239.9.9.9")
-    print(await worker.set(frozenset({Membership(socket.if_nametoindex("eth0"), group, None)})), worker.pid)
+    groups = membership("231.9.9.9"), membership("232.9.9.9", "10.9.9.9"), membership("ff3e::9")
+    print(await worker.set(frozenset(groups)))
     print("joined", flush=True)
     await asyncio.sleep(1000)
 asyncio.run(main())
 """
+# The one with a source is the last that is joined: /proc/net/mcfilter shows no other one.
+LONE_GROUPS = {("eth0", "231.9.9.9"), ("eth0", "232.9.9.9"), ("eth0", "ff3e::9")}
+REPORTED = {
+    (TO_EXCLUDE, "231.9.9.9", ()),
+    (ALLOW_NEW, "232.9.9.9", ("10.9.9.9",)),
+    (TO_EXCLUDE, "ff3e::9", ()),
+}
+LONE = (("231.9.9.9",), ("232.9.9.9", "10.9.9.9"), ("ff3e::9",))
 
 
 @pytest.fixture
@@ -73,13 +91,17 @@ def membership(interface: str, group: str, source: str | None = None) -> Members
     return Membership(ifindex, ip_address(group), None if source is None else ip_address(source))
 
 
+def refuge(lab: Lab, namespace: Namespace) -> Refuge:
+    return Refuge(lab.runtime_directory / f"{namespace.name}.join", lab.directory / "links")
+
+
 def with_worker(
     lab: Lab, namespace: Namespace, body: Callable[[MembershipWorker], Coroutine[Any, Any, None]]
 ) -> None:
     """Runs the body with a worker that lives in the namespace, which has no membership of it afterwards."""
 
     async def session() -> None:
-        worker = MembershipWorker()
+        worker = MembershipWorker(refuge(lab, namespace))
         await worker.start()
         try:
             await body(worker)
@@ -313,25 +335,255 @@ def test_the_process_is_small_and_has_no_privilege(lab: Lab, host: Namespace) ->
         assert status["Groups"] == []
         assert int(status["CapEff"][0], 16) == int(status["CapPrm"][0], 16) == 0
         assert (status["NoNewPrivs"], status["Seccomp"]) == (["1"], ["2"])
-        assert int(status["VmRSS"][0]) < 16_000
+        assert rss_kilobytes(int(worker.pid or 0)) < 16_000
 
     with_worker(lab, host, body)
 
 
-def test_memberships_end_with_a_killed_supervisor(lab: Lab, host: Namespace) -> None:
-    supervisor = lab.spawn(host, [sys.executable, "-c", ORPHANED_SUPERVISOR])
-    supervisor.wait_for("joined")
-    assert joined(lab, host) == {("eth0", "239.9.9.9")}
+def lone_supervisor(lab: Lab, host: Namespace, *arguments: str) -> None:
+    """Leaves what a supervisor that joined LONE_GROUPS on eth0 and was killed leaves."""
+    places = refuge(lab, host)
+    argv = [sys.executable, "-c", LONE_SUPERVISOR, str(places.address), str(places.links), *arguments]
+    supervisor = lab.spawn(host, argv)
+    supervisor.wait_for("joined", 60)
+    assert joined(lab, host) == LONE_GROUPS
     supervisor.child.kill()
     assert supervisor.wait() == -signal.SIGKILL
-    deadline = time.monotonic() + 10
-    while lab.leftovers(host):
+
+
+def kept(lab: Lab, host: Namespace, *arguments: str) -> int:
+    """The same of one that keeps, with something that the joins are kept for. Returns the process's id."""
+    links = refuge(lab, host).links
+    links.mkdir()
+    (links / "1").touch()
+    lone_supervisor(lab, host, "keep", *arguments)
+    (pid,) = processes_in(host)
+    return pid
+
+
+def rss_kilobytes(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("VmRSS:")]
+    return int(line.split()[1])
+
+
+def wait_for_nothing(lab: Lab, host: Namespace) -> None:
+    deadline = time.monotonic() + 30
+    while joined(lab, host) or processes_in(host):
         assert time.monotonic() < deadline, lab.leftovers(host)
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
-def test_a_worker_that_cannot_be_started_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def adopting(
+    lab: Lab, host: Namespace, keep: bool, body: Callable[[MembershipWorker], Coroutine[Any, Any, None]]
+) -> None:
+    """Runs the body with a worker that has looked for the process of an earlier supervisor."""
+
+    async def session() -> None:
+        worker = MembershipWorker(refuge(lab, host), keep)
+        await worker.find()
+        try:
+            await body(worker)
+        finally:
+            await worker.stop()
+
+    with lab.inside(host):
+        asyncio.run(session())
+
+
+def test_memberships_end_with_a_killed_supervisor(lab: Lab, host: Namespace) -> None:
+    lone_supervisor(lab, host, "end")
+    wait_for_nothing(lab, host)
+    assert lab.leftovers(host) == []
+
+
+def test_kept_joins_are_adopted_and_only_the_difference_is_reported(lab: Lab, host: Namespace) -> None:
+    source = {("232.9.9.9", "10.9.9.9"): (1, 0)}
+    difference: set[Record] = {(TO_EXCLUDE, "231.9.9.8", ()), (TO_INCLUDE, "ff3e::9", ())}
+
+    async def adopt(worker: MembershipWorker) -> None:
+        await worker.start(adopt=True)
+        assert (worker.pid, worker.held, worker.restarts) == (first, 3, 0)
+        assert await worker.set(frozenset(membership("eth0", *each) for each in LONE)) == []
+        assert (joined(lab, host), filters(lab, host)) == (LONE_GROUPS, source)
+
+    async def change(worker: MembershipWorker) -> None:
+        await worker.start(adopt=True)
+        changed = frozenset(membership("eth0", *each) for each in (*LONE[:2], ("231.9.9.8",)))
+        assert await worker.set(changed) == []
+        assert (worker.pid, worker.held) == (first, 3)
+
+    with wire(lab, host, "eth1") as reports:
+        first = kept(lab, host)
+        reports.settle(REPORTED)
+        assert (joined(lab, host), filters(lab, host)) == (LONE_GROUPS, source)
+        adopting(lab, host, True, adopt)
+        assert (joined(lab, host), filters(lab, host)) == (LONE_GROUPS, source)
+        adopting(lab, host, True, change)
+        reports.wait_for(difference)
+        assert set(reports.heard) == difference
+    assert processes_in(host) == [first]
+    assert joined(lab, host) == {("eth0", "231.9.9.9"), ("eth0", "232.9.9.9"), ("eth0", "231.9.9.8")}
+
+
+def test_a_killed_process_is_started_again_and_the_new_one_is_adopted(lab: Lab, host: Namespace) -> None:
+    first = kept(lab, host)
+
+    async def survive(worker: MembershipWorker) -> None:
+        await worker.start(adopt=True)
+        await worker.set(frozenset(membership("eth0", *each) for each in LONE))
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: worker.restarts == 1 and worker.held == 3)
+
+    async def adopt(worker: MembershipWorker) -> None:
+        await worker.start(adopt=True)
+        assert (worker.pid, worker.held) == (second, 3)
+
+    adopting(lab, host, True, survive)
+    (second,) = processes_in(host)
+    assert second != first
+    adopting(lab, host, True, adopt)
+    assert processes_in(host) == [second]
+    assert joined(lab, host) == LONE_GROUPS
+    assert rss_kilobytes(second) < 16_000
+
+
+def test_adopted_joins_end_with_a_supervisor_that_does_not_keep(lab: Lab, host: Namespace) -> None:
+    kept(lab, host)
+
+    async def adopt(worker: MembershipWorker) -> None:
+        await worker.start(adopt=True)
+        await worker.set(frozenset({membership("eth0", *LONE[0])}))
+        assert joined(lab, host) == {("eth0", "231.9.9.9")}
+
+    adopting(lab, host, False, adopt)
+    assert lab.leftovers(host) == []
+
+
+def test_a_supervisor_that_fails_before_it_adopts_leaves_the_joins(lab: Lab, host: Namespace) -> None:
+    first = kept(lab, host)
+
+    async def nothing(_: MembershipWorker) -> None: ...
+
+    adopting(lab, host, False, nothing)
+    assert processes_in(host) == [first]
+    assert joined(lab, host) == LONE_GROUPS
+
+
+def another_version(directory: Path) -> str:
+    """Where another version of MCR is."""
+    shutil.copytree(
+        Path(mcr.__file__).parent, directory / "mcr", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (directory / "mcr" / "__init__.py").write_text('__version__ = "0.0.9"\n')
+    return str(directory)
+
+
+@pytest.mark.parametrize("why", ["another version", "another kernel path", "it is stopped"])
+def test_a_process_that_cannot_be_adopted_ends_once_another_holds_its_joins(
+    lab: Lab, host: Namespace, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mcr.membership_life.REPLY_TIMEOUT_S", 4.0)
+    old = [another_version(tmp_path / "old")] if why == "another version" else []
+
+    async def replace(worker: MembershipWorker) -> None:
+        await worker.start(adopt=why != "another kernel path")
+        assert worker.pid != first
+        assert first in processes_in(host)
+        assert await worker.set(frozenset(membership("eth0", *each) for each in LONE)) == []
+        assert processes_in(host) == [worker.pid]
+
+    with wire(lab, host, "eth1") as reports:
+        first = kept(lab, host, *old)
+        if why == "it is stopped":
+            os.kill(first, signal.SIGSTOP)
+        reports.settle(REPORTED)
+        adopting(lab, host, True, replace)
+        assert joined(lab, host) == LONE_GROUPS
+        (second,) = processes_in(host)
+        assert second != first
+        adopting(lab, host, True, just_one_more)  # what was reported before it has been heard by then
+        reports.wait_for({(TO_EXCLUDE, "231.9.9.7", ())})
+        assert set(reports.heard) == {(TO_EXCLUDE, "231.9.9.7", ())}
+    assert processes_in(host) == [second]
+
+
+async def just_one_more(worker: MembershipWorker) -> None:
+    await worker.start(adopt=True)
+    await worker.set(frozenset(membership("eth0", *each) for each in (*LONE, ("231.9.9.7",))))
+
+
+@pytest.mark.parametrize("gone", ["the last link", "the links", "its address"])
+def test_kept_joins_end_when_what_they_are_kept_for_has_gone(lab: Lab, host: Namespace, gone: str) -> None:
+    kept(lab, host)
+    places = refuge(lab, host)
+    if gone == "its address":
+        places.address.unlink()
+    else:
+        (places.links / "1").unlink()
+    if gone == "the links":
+        places.links.rmdir()
+    wait_for_nothing(lab, host)
+
+
+def test_kept_joins_without_a_link_end_with_their_supervisor(lab: Lab, host: Namespace) -> None:
+    lone_supervisor(lab, host, "keep")
+    wait_for_nothing(lab, host)
+
+
+def test_a_set_that_a_dying_supervisor_did_not_finish_changes_nothing(lab: Lab, host: Namespace) -> None:
+    first = kept(lab, host)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dying:
+        dying.connect(str(refuge(lab, host).address))
+        assert dying.recv(100) == f"{mcr.__version__} 3\n".encode()
+        dying.sendall(b"1 end 3,231.9.9.9,")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as following:
+        following.connect(str(refuge(lab, host).address))
+        assert following.recv(100) == f"{mcr.__version__} 3\n".encode()
+    assert joined(lab, host) == LONE_GROUPS
+    assert processes_in(host) == [first]
+
+
+def test_nobody_else_gets_at_kept_joins(lab: Lab, host: Namespace) -> None:
+    kept(lab, host)
+    address = refuge(lab, host).address
+    assert stat.S_IMODE(address.stat().st_mode) == 0o600
+    attempt = (
+        "import os, socket, sys\n"
+        "directory = os.open(sys.argv[1], os.O_PATH)\n"
+        "os.setuid(65534)\n"
+        "end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)\n"
+        "end.connect(f'/proc/self/fd/{directory}/{sys.argv[2]}')\n"
+        "print(end.recv(100))\n"
+    )
+    argv = [sys.executable, "-c", attempt, str(address.parent), address.name]
+    assert "PermissionError" in lab.run(host, argv, check=False).stderr
+    address.chmod(0o666)
+    assert lab.run(host, argv).stdout == "b''\n"
+    assert joined(lab, host) == LONE_GROUPS
+
+
+def test_an_answer_that_arrived_while_the_supervisor_was_held_up_counts(
+    lab: Lab, host: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mcr.membership_life.REPLY_TIMEOUT_S", 1.0)
+
+    async def body(worker: MembershipWorker) -> None:
+        answer = asyncio.create_task(worker.set(frozenset({membership("eth0", "239.1.1.1")})))
+        await asyncio.sleep(0)
+        while not joined(lab, host):
+            pass  # the loop stands still
+        time.sleep(1.5)
+        assert await answer == []
+        assert (worker.held, worker.restarts) == (1, 0)
+
+    with_worker(lab, host, body)
+
+
+def test_a_worker_that_cannot_be_started_is_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     with pytest.raises(McrError) as failed:
-        asyncio.run(MembershipWorker().start())
+        asyncio.run(MembershipWorker(Refuge(tmp_path / "join", tmp_path)).start())
     assert os.strerror(errno.ENOENT) in failed.value.cause
