@@ -24,10 +24,12 @@ from tests.netns.flows import (
     relay_one,
     status,
 )
-from tests.netns.lab import Lab, RelayTopology
+from tests.netns.lab import Lab, RelayTopology, processes_in
 from tests.netns.test_confinement import proc_status
+from tests.netns.test_membership import joined
 
 UNIT = Path(__file__).parents[2] / "deploy" / "mcr.service"
+KEEP = UNIT.with_name("mcr-keep.conf")
 UNDER_UNIT = Path(__file__).parent / "under_unit.py"
 EXPOSURE = 32  # of 100: what is left is what a relay is for, the network and its capabilities
 
@@ -85,6 +87,53 @@ def test_supervisor_and_workers_work_under_all_that_the_unit_forbids(lab: Lab) -
         time.sleep(0.05)
     assert supervisor.terminate() == 0
     assert lab.leftovers(topology.relay) == []
+
+
+def test_joins_outlive_a_supervisor_and_are_adopted_under_all_that_the_unit_forbids(lab: Lab) -> None:
+    has_systemd_analyze()
+    require("x86_64", os.uname().machine == "x86_64", f"this is {os.uname().machine}")
+    topology = lab.topology_relay(gro=True)
+    under = [sys.executable, str(UNDER_UNIT), str(UNIT), str(lab.directory), "--", *argv(lab, topology)]
+    first = lab.spawn(topology.relay, [*under, "--on-exit", "keep"])
+    first.wait_for("mcr: ready", 60)
+    assert first.terminate() == 0
+    (holder,) = processes_in(topology.relay)
+    assert int(proc_status(holder)["CapEff"], 16) == 0
+    assert ("in0", "239.1.1.1") in joined(lab, topology.relay)
+    second = lab.spawn(topology.relay, under)
+    second.wait_for("mcr: ready", 60)
+    assert f"adopting pid {holder} and its 1 joins" in second.output()
+    sent, heard = relay_one(lab, topology, GROUP_SENT, GROUP_HEARD, 1000, "--rate", "10000")
+    assert_whole(heard, sent)
+    assert second.terminate() == 0
+    assert lab.leftovers(topology.relay) == []
+
+
+def complaints(unit: Path) -> list[str]:
+    """What systemd has to say of a unit and its drop-ins."""
+    argv = ["systemd-analyze", "verify", str(unit)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    return [line for line in done.stderr.splitlines() if "mcr.service" in line or "keep.conf" in line]
+
+
+def test_drop_in_that_keeps_is_understood_and_spares_the_process_of_the_joins(tmp_path: Path) -> None:
+    has_systemd_analyze()
+    unit, drop_in = tmp_path / "mcr.service", tmp_path / "mcr.service.d" / "keep.conf"
+    drop_in.parent.mkdir()
+    program = shutil.which("true") or ""
+    unit.write_text(UNIT.read_text().replace("/usr/local/bin/mcr", program))
+    text = KEEP.read_text().replace("/usr/local/bin/mcr", program)
+    drop_in.write_text(text)
+    assert {"KillMode=process", "RuntimeDirectoryPreserve=yes"} < set(text.splitlines())
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, timeout=60
+    )
+    assert [line for line in done.stderr.splitlines() if "mcr.service" in line or "keep.conf" in line] == []
+    drop_in.write_text(text.replace("KillMode=process", "KillMode=mercy"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, timeout=60
+    )
+    assert "keep.conf" in done.stderr
 
 
 FORBIDDEN = """
