@@ -26,6 +26,8 @@ enum mcr_limit {
 	MCR_MAX_EGRESS_THREADS = 8, /* of one worker */
 	MCR_MAX_QUEUES = 64,	    /* receive queues that one worker can drain */
 	MCR_MAX_XSKS = 4096,	    /* AF_XDP sockets of one instance: every queue of every interface */
+	MCR_PACKET_FRAME = 17 *
+			   4096, /* bytes, of AF_PACKET: for the largest IP packet, and what comes with it */
 	MCR_MAX_FRAGMENTED = 16384, /* datagrams whose later fragments are awaited */
 	MCR_MAX_EGRESS = 1024,	    /* egress interfaces of the kernel path, less one: bulk 0 means none */
 	MCR_MAX_FAN_OUTS = 4160,    /* a device map for each rule, and one to exchange on each interface */
@@ -349,7 +351,7 @@ struct mcr_setup {
 	__u32 queue_first;
 	__u32 queue_count;
 	__u32 frame_count; /* a power of two */
-	__u32 frame_size;  /* bytes: 2048 or 4096 */
+	__u32 frame_size;  /* bytes: 2048 or 4096; MCR_PACKET_FRAME with AF_PACKET */
 	__u32 zero_copy;   /* enum mcr_zero_copy */
 	__u32 busy_poll;
 	__u32 worker_slot;

@@ -17,11 +17,11 @@ from mcr import loader, netlink
 from mcr.accounting import settle_worker
 from mcr.config import Attachment
 from mcr.desired import (
-    FRAME_COUNT,
     InterfaceSpec,
     OutputSpec,
     RuleSpec,
     WorkerSetup,
+    frame_count,
     frame_size,
     largest_payload,
     share_cpus,
@@ -162,8 +162,11 @@ class AttachedInterface:
         return (
             facts is None
             or facts.ifindex != self._facts.ifindex
-            or frame_size(facts) != frame_size(self._facts)
+            or frame_size(self._with_ingress(facts)) != frame_size(self._with_ingress(self._facts))
         )
+
+    def _with_ingress(self, facts: InterfaceFacts) -> InterfaceFacts:
+        return replace(facts, ingress=self.ingress)
 
     async def _start(self, facts: InterfaceFacts) -> None:
         try:
@@ -298,8 +301,8 @@ class AttachedInterface:
                 verify_checksums=self.attachment.udp_checksums == "verify",
                 queue_first=own.start,
                 queue_count=len(own),
-                frame_size=frame_size(facts),
-                frame_count=FRAME_COUNT,
+                frame_size=frame_size(self._with_ingress(facts)),
+                frame_count=frame_count(self._with_ingress(facts)),
                 user_id=NOBODY if root else 0,
                 group_id=NOBODY if root else 0,
                 egress_threads=self.attachment.egress_threads,

@@ -29,6 +29,8 @@ LARGEST_PAYLOAD = 65487
 FRAME_HEADROOM = 256  # XDP_PACKET_HEADROOM, before every frame of an AF_XDP pool; AF_PACKET needs less
 FRAME_COUNT = 8192
 SMALL_FRAME, LARGE_FRAME = 2048, 4096
+# AF_PACKET hands over super-packets: each of its frames holds the largest IP packet.
+PACKET_FRAME, PACKET_FRAME_COUNT = int(lib.MCR_PACKET_FRAME), 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,13 +230,21 @@ def longest_frame(facts: InterfaceFacts) -> int:
 
 def frame_size(facts: InterfaceFacts) -> int:
     """The frame size, in bytes, of a pool for the interface."""
+    if facts.ingress == "packet":
+        return PACKET_FRAME
     return SMALL_FRAME if longest_frame(facts) <= SMALL_FRAME - FRAME_HEADROOM else LARGE_FRAME
+
+
+def frame_count(facts: InterfaceFacts) -> int:
+    """How many frames a pool for the interface has."""
+    return PACKET_FRAME_COUNT if facts.ingress == "packet" else FRAME_COUNT
 
 
 def frame_limit(facts: InterfaceFacts) -> int:
     """The longest frame, in bytes, that a worker takes: what the MTU allows and a frame of the pool holds.
 
-    Longer ones were merged by GRO or need jumbo frames, and are counted as oversize.
+    Longer ones were merged by GRO or need jumbo frames, and are counted as oversize. AF_PACKET takes
+    super-packets of any length beside it, since it reports what was merged.
     """
     return min(longest_frame(facts), frame_size(facts) - FRAME_HEADROOM)
 

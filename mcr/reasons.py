@@ -34,7 +34,7 @@ RULE_DROPS: dict[str, tuple[str, str]] = {
     "bad_length": ("the UDP length contradicts the IP length", "look at the sender"),
     "oversize": (
         "longer than the MTU and the frame pool allow, or merged by GRO",
-        "raise the MTU, or: ethtool -K IFACE rx-udp-gro-forwarding off rx-gro-list off",
+        "raise the MTU; or --ingress packet; or ethtool -K IFACE rx-udp-gro-forwarding off rx-gro-list off",
     ),
     "no_worker": (
         "no worker drains the receive queue",

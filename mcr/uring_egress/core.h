@@ -38,7 +38,8 @@ enum {
 	/* Put into pipes, or taken from one, at once: what a thread holds beside its pipe is not the others' to use. */
 	PIPE_PACKETS = 256,
 	SUBMIT_PACKETS = 256, /* of a batch, whose sends are submitted together */
-	RUN_PACKETS = 64,     /* UDP_MAX_SEGMENTS of kernel 6.1 */
+	RUN_PACKETS = 64,     /* that are put together: UDP_MAX_SEGMENTS of kernel 6.1 */
+	RUN_DATAGRAMS = 128,  /* that one super-packet may hold: UDP_MAX_SEGMENTS since kernel 6.9 */
 	RUN_BYTES = 65487,    /* the largest UDP payload over IPv6 without a jumbogram */
 	RUN_SLOTS = 512,
 	SEND_SLOTS = 1024, /* also the submission queue's size */
@@ -84,8 +85,9 @@ struct packet {
 	uint8_t *frame; /* the Ethernet header */
 	uint64_t rx_time_ns;
 	uint32_t frame_index;
-	uint32_t rule_id;
 	uint32_t next; /* the next packet of the same rule in this batch, or NONE */
+	uint16_t rule_id;
+	uint16_t segment; /* of a super-packet: payload of each of its datagrams but the last; else 0 */
 	uint16_t queue;
 	uint16_t payload_offset;
 	uint16_t payload_length;
@@ -96,16 +98,20 @@ struct packet {
 	bool verified; /* its UDP checksum, by the device that it came from */
 };
 
-/* Packets of one rule with one payload size (the last may be shorter) that are sent together. */
+/*
+ * Datagrams of one rule with one payload size (the last may be shorter) that are sent together: those of up to
+ * RUN_PACKETS packets, or of one super-packet.
+ */
 struct run {
-	struct iovec payloads[RUN_PACKETS];
-	uint64_t rx_times_ns[RUN_PACKETS];
+	struct iovec payloads[RUN_DATAGRAMS];
+	uint64_t rx_times_ns[RUN_DATAGRAMS];
 	uint32_t frames[RUN_PACKETS];
-	struct packet first; /* its TTL, TOS, port and source are those of the whole run */
+	struct packet first; /* its size, TTL, TOS, port and source are those of the whole run */
 	uint32_t references; /* sends that have not completed */
 	uint32_t bytes;
 	uint32_t next_free;
-	uint16_t count;
+	uint16_t count; /* of datagrams */
+	uint16_t frame_count;
 };
 
 struct send {
@@ -118,8 +124,8 @@ struct send {
 	uint32_t run;
 	uint32_t output_id;
 	uint32_t next_free;
-	uint16_t first; /* packet of the run */
-	uint16_t count; /* packets in this send; more than one is UDP_SEGMENT */
+	uint16_t first; /* datagram of the run */
+	uint16_t count; /* datagrams in this send; more than one is UDP_SEGMENT */
 	uint16_t last;	/* while a run is sent one by one: the end of it */
 };
 
@@ -246,6 +252,12 @@ struct worker {
 };
 
 #define container_of(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
+
+/* How many datagrams a packet holds, which is one unless it is a super-packet with segments. */
+static inline uint32_t count_datagrams(uint16_t payload_length, uint16_t segment)
+{
+	return segment ? (payload_length + segment - 1U) / segment : 1;
+}
 
 /* Counters have several writers: threads, and the workers of one interface. */
 static inline void counter_add(__u64 *counter, uint64_t amount)

@@ -57,7 +57,7 @@ static int release_run(struct egress *egress, uint32_t run_index)
 		return 0;
 	run->next_free = egress->free_run;
 	egress->free_run = run_index;
-	return give_back(egress, run->frames, run->count, FRAME_IN_FLIGHT, run->first.queue);
+	return give_back(egress, run->frames, run->frame_count, FRAME_IN_FLIGHT, run->first.queue);
 }
 
 static void add_control(struct msghdr *message, int level, int type, const void *value, size_t length)
@@ -199,7 +199,7 @@ static bool extends(const struct run *run, const struct packet *packet, uint32_t
 {
 	const struct packet *first = &run->first;
 
-	if (run->count == RUN_PACKETS || packet->payload_length == 0 ||
+	if (run->count == RUN_PACKETS || packet->payload_length == 0 || packet->segment ||
 	    packet->payload_length > first->payload_length ||
 	    run->payloads[run->count - 1].iov_len < first->payload_length ||
 	    run->bytes + packet->payload_length > RUN_BYTES)
@@ -230,17 +230,42 @@ static void fetch_payload(const struct packet *packet)
 		__builtin_prefetch(payload + i);
 }
 
+/* The frame is the run's until the run is released. */
+static int add_frame(struct egress *egress, struct run *run, const struct packet *packet)
+{
+	run->frames[run->frame_count++] = packet->frame_index;
+	if (egress->returns)
+		return 0; /* the ingress thread has moved it */
+	return frames_move(egress->worker, packet->frame_index, FRAME_RECEIVE, FRAME_IN_FLIGHT);
+}
+
 static int add_packet(struct egress *egress, struct run *run, const struct packet *packet)
 {
 	fetch_payload(packet);
 	run->payloads[run->count] = (struct iovec){packet->frame + packet->payload_offset,
 						   packet->payload_length};
-	run->rx_times_ns[run->count] = packet->rx_time_ns;
-	run->frames[run->count++] = packet->frame_index;
+	run->rx_times_ns[run->count++] = packet->rx_time_ns;
 	run->bytes += packet->payload_length;
-	if (egress->returns)
-		return 0; /* the ingress thread has moved it */
-	return frames_move(egress->worker, packet->frame_index, FRAME_RECEIVE, FRAME_IN_FLIGHT);
+	return add_frame(egress, run, packet);
+}
+
+/* A super-packet is a run by itself: its datagrams lie in one frame, and are sent as they were sent to us. */
+static int add_super_packet(struct egress *egress, struct run *run, const struct packet *packet)
+{
+	uint8_t *payload = packet->frame + packet->payload_offset;
+
+	fetch_payload(packet);
+	run->first.payload_length = packet->segment;
+	for (uint32_t at = 0; at < packet->payload_length && run->count < RUN_DATAGRAMS;
+	     at += packet->segment) {
+		uint32_t rest = packet->payload_length - at;
+
+		run->payloads[run->count] = (struct iovec){payload + at,
+							   rest < packet->segment ? rest : packet->segment};
+		run->rx_times_ns[run->count++] = packet->rx_time_ns;
+	}
+	run->bytes = packet->payload_length;
+	return add_frame(egress, run, packet);
 }
 
 static int take_run(struct egress *egress, uint32_t *run_index)
@@ -263,8 +288,13 @@ static int cut_run(struct egress *egress, uint32_t rule_flags, struct run *run, 
 
 	run->first = *packet;
 	run->count = 0;
+	run->frame_count = 0;
 	run->bytes = 0;
 	run->references = 1; /* ours, while its sends are being prepared */
+	if (packet->segment) {
+		*index = packet->next;
+		return add_super_packet(egress, run, packet);
+	}
 	do {
 		int status = add_packet(egress, run, packet);
 
@@ -320,7 +350,8 @@ static int drop_packet(struct egress *egress, const struct packet *packet, enum 
 	if (egress->returns)
 		return reactor_fail(egress->reactor, EPROTO, "a packet of rule %u without an output here",
 				    packet->rule_id);
-	counter_add(&egress->worker->rule_counters[packet->rule_id].dropped[reason], 1);
+	counter_add(&egress->worker->rule_counters[packet->rule_id].dropped[reason],
+		    count_datagrams(packet->payload_length, packet->segment));
 	if (tap_wanted(egress->worker))
 		tap_drop(egress->worker, packet, reason);
 	return frames_give(egress->worker, &packet->frame_index, 1, FRAME_RECEIVE, packet->queue);

@@ -14,6 +14,7 @@
 
 #include "core.h"
 
+enum { GSO_UDP_L4 = 5 }; /* VIRTIO_NET_HDR_GSO_UDP_L4, in linux/virtio_net.h since kernel 6.2 */
 enum { BUFFER_GROUP = 0, CONTROL_SIZE = CMSG_SPACE(sizeof(struct tpacket_auxdata)) };
 
 struct packet_state {
@@ -123,14 +124,27 @@ static const struct tpacket_auxdata *auxiliary(struct io_uring_recvmsg_out *out,
 }
 
 /*
+ * What the kernel says of a super-packet (linux/virtio_net.h): datagrams of one size, the last one may be smaller, that
+ * a sender on this host handed over as one (UDP_SEGMENT) or that GRO merged. Returns the size of their payload, or 0 of
+ * any other packet, also of one that would leave in IP fragments: that is one datagram.
+ */
+static uint16_t segment_of(const struct virtio_net_hdr *header, const struct mcr_packet *parsed)
+{
+	if (header->gso_type != GSO_UDP_L4 || header->gso_size >= parsed->payload_length)
+		return 0;
+	return header->gso_size;
+}
+
+/*
  * Decides about one received packet as relay_kern.c does. Returns its rule_id when it is to be relayed,
- * 0 when not, having counted the reason if a rule wanted it.
+ * 0 when not, having counted the reason if a rule wanted it, for each of its datagrams.
  */
 static uint32_t admit(struct worker *worker, uint8_t *data, uint32_t captured, uint32_t length, uint16_t tag,
-		      bool merged, struct mcr_packet *parsed)
+		      const struct virtio_net_hdr *header, struct mcr_packet *parsed, uint16_t *segment)
 {
+	bool whole = header->gso_type == VIRTIO_NET_HDR_GSO_NONE;
 	struct mcr_rule_counters *counters;
-	uint32_t rule_id;
+	uint32_t rule_id, datagrams;
 
 	if (mcr_parse(data, data + captured, length, tag, parsed) != MCR_PARSED_UDP)
 		return 0;
@@ -138,23 +152,25 @@ static uint32_t admit(struct worker *worker, uint8_t *data, uint32_t captured, u
 	rule_id = rules_find(worker, parsed);
 	if (!rule_id)
 		return 0;
+	*segment = segment_of(header, parsed);
+	datagrams = count_datagrams(parsed->payload_length, *segment);
 	counters = &worker->rule_counters[rule_id];
-	counter_add(&counters->received_packets, 1);
+	counter_add(&counters->received_packets, datagrams);
 	counter_add(&counters->received_bytes, parsed->payload_length);
 	if (parsed->drop_reason != MCR_NO_DROP) {
-		counter_add(&counters->dropped[parsed->drop_reason], 1);
+		counter_add(&counters->dropped[parsed->drop_reason], datagrams);
 		return 0;
 	}
-	if (merged || length > worker->tables.rules[rule_id].frame_limit ||
+	if ((whole && length > worker->tables.rules[rule_id].frame_limit) || datagrams > RUN_DATAGRAMS ||
 	    (uint32_t)parsed->payload_offset + parsed->payload_length > captured) {
-		counter_add(&counters->dropped[MCR_DROP_OVERSIZE], 1);
+		counter_add(&counters->dropped[MCR_DROP_OVERSIZE], datagrams);
 		return 0;
 	}
 	return rule_id;
 }
 
 static void enqueue(struct worker *worker, uint8_t *data, uint32_t frame, uint32_t rule_id,
-		    const struct mcr_packet *parsed, bool verified)
+		    const struct mcr_packet *parsed, uint16_t segment, bool verified)
 {
 	struct packet_state *state = worker->packet;
 	uint64_t now_ns = clock_ns();
@@ -163,7 +179,8 @@ static void enqueue(struct worker *worker, uint8_t *data, uint32_t frame, uint32
 		.frame = data,
 		.rx_time_ns = now_ns,
 		.frame_index = frame,
-		.rule_id = rule_id,
+		.rule_id = (uint16_t)rule_id,
+		.segment = segment,
 		.payload_offset = parsed->payload_offset,
 		.payload_length = parsed->payload_length,
 		.ip_offset = parsed->ip_offset,
@@ -184,6 +201,7 @@ static int receive(struct worker *worker, uint32_t frame, int result)
 	const struct tpacket_auxdata *aux;
 	struct mcr_packet parsed;
 	uint32_t captured, rule_id = 0;
+	uint16_t segment = 0;
 	bool verified = false;
 	uint8_t *data;
 
@@ -199,12 +217,11 @@ static int receive(struct worker *worker, uint32_t frame, int result)
 		data += sizeof(*header);
 		captured -= sizeof(*header);
 		verified = header->flags & (VIRTIO_NET_HDR_F_NEEDS_CSUM | VIRTIO_NET_HDR_F_DATA_VALID);
-		rule_id = admit(worker, data, captured, aux->tp_len, tag,
-				header->gso_type != VIRTIO_NET_HDR_GSO_NONE, &parsed);
+		rule_id = admit(worker, data, captured, aux->tp_len, tag, header, &parsed, &segment);
 	}
 	if (!rule_id)
 		return frames_give(worker, &frame, 1, FRAME_RECEIVE, 0);
-	enqueue(worker, data, frame, rule_id, &parsed, verified);
+	enqueue(worker, data, frame, rule_id, &parsed, segment, verified);
 	return 0;
 }
 

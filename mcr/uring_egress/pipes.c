@@ -235,7 +235,8 @@ static int write_pipe(struct worker *worker, uint32_t index, enum pipe_state sta
 	return 0;
 }
 
-static void count_pipe_full(struct worker *worker, uint32_t index, uint32_t rule_id, uint32_t frame)
+static void count_pipe_full(struct worker *worker, uint32_t index, uint32_t rule_id, uint32_t frame,
+			    uint32_t datagrams)
 {
 	const struct rule *rule = &worker->tables.rules[rule_id];
 
@@ -244,7 +245,8 @@ static void count_pipe_full(struct worker *worker, uint32_t index, uint32_t rule
 
 		if (output_id % worker->pipes->count != index)
 			continue;
-		counter_add(&worker->output_counters[output_id].dropped[MCR_OUTPUT_DROP_PIPE_FULL], 1);
+		counter_add(&worker->output_counters[output_id].dropped[MCR_OUTPUT_DROP_PIPE_FULL],
+			    datagrams);
 		if (tap_wanted(worker))
 			tap_refuse(worker, frame, rule_id, output_id, MCR_OUTPUT_DROP_PIPE_FULL);
 	}
@@ -257,8 +259,11 @@ static int drop_staged(struct worker *worker, uint32_t index, uint32_t first)
 	int status = 0;
 
 	for (uint32_t i = first; i < pipe->staged && !status; i++) {
-		count_pipe_full(worker, index, pipe->slots[i].rule_id, pipe->slots[i].frame_index);
-		status = unreference(worker, pipe->slots[i].frame_index);
+		const struct descriptor *slot = &pipe->slots[i];
+
+		count_pipe_full(worker, index, slot->rule_id, slot->frame_index,
+				count_datagrams(slot->payload_length, slot->segment));
+		status = unreference(worker, slot->frame_index);
 	}
 	return status ? status : give_freed(worker);
 }
@@ -323,6 +328,7 @@ static void stage(struct worker *worker, struct pipe *pipe, const struct packet 
 		.frame_offset = (uint16_t)(packet->frame - (worker->pool + start)),
 		.payload_offset = packet->payload_offset,
 		.payload_length = packet->payload_length,
+		.segment = packet->segment,
 		.ip_offset = packet->ip_offset,
 		.dport = packet->dport,
 		.ttl = packet->ttl,
@@ -336,19 +342,20 @@ static int hand_over(struct worker *worker, const struct packet *packet)
 {
 	struct pipes *pipes = worker->pipes;
 	const struct rule *rule = &worker->tables.rules[packet->rule_id];
+	uint32_t datagrams = count_datagrams(packet->payload_length, packet->segment);
 	int status;
 
 	if (!rule->known || !rule->output_count) {
 		enum mcr_drop_reason reason = rule->known ? MCR_DROP_NO_OUTPUT : MCR_DROP_UNKNOWN_RULE;
 
-		counter_add(&worker->rule_counters[packet->rule_id].dropped[reason], 1);
+		counter_add(&worker->rule_counters[packet->rule_id].dropped[reason], datagrams);
 		if (tap_wanted(worker))
 			tap_drop(worker, packet, reason);
 		return frames_give(worker, &packet->frame_index, 1, FRAME_RECEIVE, packet->queue);
 	}
 	if (packet->rule_id != pipes->relayed_rule)
 		count_relayed(worker, packet->rule_id);
-	pipes->relayed_packets++;
+	pipes->relayed_packets += datagrams;
 	pipes->relayed_bytes += packet->payload_length;
 	status = frames_move(worker, packet->frame_index, FRAME_RECEIVE, FRAME_IN_FLIGHT);
 	pipes->queues[packet->frame_index] = (uint8_t)packet->queue;
@@ -357,7 +364,7 @@ static int hand_over(struct worker *worker, const struct packet *packet)
 		if (!(pipes->threads[packet->rule_id] & 1U << i))
 			continue;
 		if (pipes->to[i].state == PIPE_OWING) {
-			count_pipe_full(worker, i, packet->rule_id, packet->frame_index);
+			count_pipe_full(worker, i, packet->rule_id, packet->frame_index, datagrams);
 			continue;
 		}
 		stage(worker, &pipes->to[i], packet);

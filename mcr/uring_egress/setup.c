@@ -28,9 +28,11 @@ static int check_setup(struct worker *worker)
 	if (setup->queue_count == 0 || setup->queue_count > MCR_MAX_QUEUES)
 		return worker_fail(worker, EINVAL, "%u queues are not between 1 and %u", setup->queue_count,
 				   MCR_MAX_QUEUES);
-	if (setup->frame_size != 2048 && setup->frame_size != 4096)
-		return worker_fail(worker, EINVAL, "the frame size %u is not 2048 or 4096",
-				   setup->frame_size);
+	if (setup->frame_size != 2048 && setup->frame_size != 4096 &&
+	    (setup->frame_size != MCR_PACKET_FRAME || setup->ingress != MCR_INGRESS_PACKET))
+		return worker_fail(worker, EINVAL,
+				   "the frame size %u is not 2048 or 4096, nor %u of AF_PACKET",
+				   setup->frame_size, MCR_PACKET_FRAME);
 	if (setup->frame_count < 64 || setup->frame_count > MAX_FRAMES ||
 	    setup->frame_count & (setup->frame_count - 1))
 		return worker_fail(worker, EINVAL, "the frame count %u is not a power of two up to %u",

@@ -123,6 +123,7 @@ static int take_packet(struct egress_thread *thread, const struct descriptor *sl
 		.rule_id = slot->rule_id,
 		.payload_offset = slot->payload_offset,
 		.payload_length = slot->payload_length,
+		.segment = slot->segment,
 		.ip_offset = slot->ip_offset,
 		.dport = slot->dport,
 		.ttl = slot->ttl,

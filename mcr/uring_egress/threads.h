@@ -12,12 +12,13 @@
 struct descriptor {
 	uint64_t rx_time_ns;
 	uint32_t frame_index;
-	uint32_t rule_id;
+	uint16_t rule_id;
 	uint16_t frame_offset; /* of the Ethernet header in the frame */
 	uint16_t payload_offset;
 	uint16_t payload_length;
-	uint16_t ip_offset;
+	uint16_t segment;
 	uint16_t dport;
+	uint8_t ip_offset;
 	uint8_t ttl;
 	uint8_t tos;
 	int32_t fd; /* that came with the command, or -1 */
