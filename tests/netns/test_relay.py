@@ -3,11 +3,12 @@
 import json
 import re
 import socket
-import struct
+from collections.abc import Sequence
 
 import pytest
 
 from mcr.traffic.source import payload
+from tests.kernel import packets
 from tests.netns.flows import (
     GROUP_HEARD,
     GROUP_IN,
@@ -111,32 +112,31 @@ def test_unicast_input_is_relayed_to_a_group(lab: Lab) -> None:
     assert_whole(heard, sent)
 
 
-def send_tagged(lab: Lab, topology: RelayTopology, tags: bytes, count: int) -> None:
+def send_tagged(lab: Lab, topology: RelayTopology, tags: Sequence[tuple[int, int]], count: int) -> None:
     """Test packets to 239.1.1.1:5000 in frames that carry these VLAN tags."""
     with lab.inside(topology.src):
         raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
     with raw:
         raw.bind(("eth0", 0))
         for sequence in range(count):
-            data = payload(sequence, 1, 512)
-            udp = struct.pack("!HHHH", 4000, 5000, 8 + len(data), 0)
-            ip = struct.pack(
-                "!BBHHHBBH4s4s", 0x45, 0, 28 + len(data), 0, 0, 9, 17, 0, b"\n\1\0\1", b"\xef\1\1\1"
-            )
-            ethernet = bytes.fromhex("01005e010101020000000001") + tags + b"\x08\x00"
-            raw.send(ethernet + ip + udp + data)
+            datagram = packets.udp(payload(sequence, 1, 512))
+            raw.send(packets.ethernet(packets.ipv4(datagram), packets.IPV4, tags))
 
 
 @pytest.mark.parametrize("ingress", ["xsk", "packet"])
 @pytest.mark.parametrize(
-    ("vlan", "tags"), [("100", "81000064"), ("10.100", "88a8000a81000064")], ids=["802.1Q", "802.1ad"]
+    ("vlan", "tags"),
+    [("100", ((0x8100, 100),)), ("10.100", ((0x88A8, 10), (0x8100, 100)))],
+    ids=["802.1Q", "802.1ad"],
 )
-def test_tagged_stream_is_told_from_the_untagged_one(lab: Lab, ingress: str, vlan: str, tags: str) -> None:
+def test_tagged_stream_is_told_from_the_untagged_one(
+    lab: Lab, ingress: str, vlan: str, tags: Sequence[tuple[int, int]]
+) -> None:
     topology = lab.topology_relay()
     rules = (("tagged", f"{GROUP_IN},vlan={vlan}", [GROUP_OUT]), ("plain", GROUP_IN, ["10.2.0.2:7000"]))
     lab.supervisor(topology.relay, config=config(*rules, attach=f'ingress = "{ingress}"'))
     sink = listen(lab, topology.dst, GROUP_HEARD, "--expect", "10000", "--idle", "5")
-    send_tagged(lab, topology, bytes.fromhex(tags), 10_000)
+    send_tagged(lab, topology, tags, 10_000)
     heard = report(sink)
     assert (heard["packets"], heard["lost"], heard["reordered"], heard["corrupt"]) == (10_000, 0, 0, 0)
     plain = next(row for row in stats(lab, topology.relay) if row["rule"] == "plain")
@@ -268,29 +268,29 @@ def test_random_frames_on_the_wire_harm_nothing(lab: Lab, ingress: str) -> None:
     lab.supervisor(topology.relay, config=config(("cam", "239.1.1.1%in0:*", [GROUP_OUT]), attach=attach))
     worker = status(lab, topology.relay)["worker_pid"]
     generator = random.Random(7)
-    header = bytes.fromhex("01005e0101010200000000010800")
     with lab.inside(topology.src):
         raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
     with raw:
         raw.bind(("eth0", 0))
         for number in range(20_000):
-            data = payload(number, 1, generator.randrange(200))
-            udp = struct.pack("!HHHH", 4000, 5000, 8 + len(data), 0)
-            ip = struct.pack(
-                "!BBHHHBBH4s4s", 0x45, 0, 28 + len(data), 0, 0, 9, 17, 0, b"\n\1\0\1", b"\xef\1\1\1"
-            )
-            frame = bytearray(header + ip + udp + data)
+            datagram = packets.udp(payload(number, 1, generator.randrange(200)), with_checksum=False)
+            frame = bytearray(packets.ethernet(packets.ipv4(datagram), packets.IPV4))
             for _ in range(generator.randrange(1, 4)):
                 frame[generator.randrange(12, len(frame))] = generator.randrange(256)
             if number % 2:  # whole, because a fragment that is cut off counts as truncated
                 frame[20:21] = bytes([generator.choice((0, 0x20, 0x40))])
+                if generator.randrange(4):  # else what was changed in the header is seen as damage
+                    frame[24:26] = bytes(2)
+                    frame[24:26] = packets.checksum(bytes(frame[14:34])).to_bytes(2)
             else:
                 del frame[generator.randrange(14, len(frame) + 1) :]
             raw.send(frame)
     row = status(lab, topology.relay)
     assert (row["worker_pid"], row["worker_restarts"], row["state"]) == (worker, 0, "attached")
     wait_until(lambda: _balanced(lab, topology.relay), "received = relayed + dropped")
-    assert dropped(stats(lab, topology.relay)[0]).keys() >= {"fragment", "truncated", "bad_length"}
+    assert dropped(stats(lab, topology.relay)[0]).keys() >= {
+        *("fragment", "truncated", "bad_length", "bad_checksum")
+    }
 
 
 def _balanced(lab: Lab, relay: Namespace) -> bool:
