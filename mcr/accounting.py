@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mcr.limits import scaled
+
 if TYPE_CHECKING:
     from mcr.maps import Maps, OutputCounts
 
@@ -100,11 +102,11 @@ class Resting:
 
     def settle(self) -> None:
         """One round."""
-        maps = self._maps
-        for rule_id in _at_rest(self._rules, maps.rule_counts, QUIET_ROUNDS):
+        maps, rounds = self._maps, round(scaled(QUIET_ROUNDS))
+        for rule_id in _at_rest(self._rules, maps.rule_counts, rounds):
             if (packets := maps.rule_in_workers(rule_id)) > 0:
                 maps.settle_rule(rule_id, packets)
-        for output_id in _at_rest(self._outputs, maps.output_counts, QUIET_ROUNDS):
+        for output_id in _at_rest(self._outputs, maps.output_counts, rounds):
             if (packets := maps.output_in_workers(output_id)) > 0:
                 maps.settle_output(output_id, packets, "worker_died")
         for output_id in _at_rest(self._fan_outs, maps.output_counts, 1):  # no worker has any of these

@@ -23,6 +23,7 @@ from mcr.jsonrpc import (
     encode,
     parse_json,
 )
+from mcr.limits import scaled, slow_machine
 
 MAX_ANSWER_BYTES = 64 << 20  # what a client takes
 SOCKET_PATH_BYTES = 107  # sun_path less its NUL, unix(7)
@@ -65,7 +66,7 @@ class ControlClient:
 
     def __init__(self, path: Path, timeout_s: float = 10.0, max_answer_bytes: int = MAX_ANSWER_BYTES) -> None:
         self.path = path
-        self.timeout_s = timeout_s
+        self.timeout_s = scaled(timeout_s)
         self.max_answer_bytes = max_answer_bytes
         self._connection: socket.socket | None = None
         self._buffer = bytearray()
@@ -105,7 +106,7 @@ class ControlClient:
             self.close()
             raise McrError(
                 f"the supervisor at {self.path} did not answer within {self.timeout_s:g} s",
-                "look into its log; if it hangs, restart it",
+                slow_machine("look into its log; if it hangs, restart it"),
             ) from None
         except BaseException:
             self.close()

@@ -28,6 +28,7 @@ from mcr.jsonrpc import (
     encode_error,
     encode_mcr_error,
 )
+from mcr.limits import scaled
 
 SO_PEERGROUPS = 59  # asm-generic/socket.h; Python's socket module has no name for it
 MAX_PEER_GROUPS = 256  # Python reads at most 1024 bytes of a socket option
@@ -68,7 +69,7 @@ def _peer_groups(connection: socket.socket) -> set[int]:
 def _is_alive(path: Path) -> bool:
     """Whether a server accepts connections at the path. Raises OSError if that cannot be told."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(PROBE_TIMEOUT_S)
+        probe.settimeout(scaled(PROBE_TIMEOUT_S))
         try:
             probe.connect(str(path))
         except (ConnectionRefusedError, FileNotFoundError):
@@ -107,7 +108,7 @@ async def _lock_directory(directory: Path) -> int:
     Anyone may hold that lock, so after LOCK_WAIT_S this goes on without it.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    deadline_s = time.monotonic() + LOCK_WAIT_S
+    deadline_s = time.monotonic() + scaled(LOCK_WAIT_S)
     while time.monotonic() < deadline_s:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -205,11 +206,11 @@ class ControlServer:
             await asyncio.sleep(0)
 
     async def _end_tasks(self) -> None:
-        for grace_s in (CLOSE_GRACE_S, CLOSE_GRACE_S):
+        for _ in range(2):
             tasks = {client.task: client for client in self._clients if client.task is not None}
             if not tasks:
                 return
-            _, late = await asyncio.wait(tasks, timeout=grace_s)
+            _, late = await asyncio.wait(tasks, timeout=scaled(CLOSE_GRACE_S))
             for task in late:
                 tasks[task].transport.abort()
                 task.cancel()

@@ -28,6 +28,7 @@ from mcr.cli.common import Row
 from mcr.cli.main import report
 from mcr.control import ControlClient
 from mcr.errors import ExitStatus, McrError
+from mcr.limits import scaled, slow_machine
 
 NAMESPACES = Path("/var/run/netns")
 DRAWING = """\
@@ -107,7 +108,7 @@ class Child:
         """Asks it to end, and makes it end if it does not."""
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(STOP_S)
+            self.process.wait(scaled(STOP_S))
         self.process.kill()
         self.process.wait()
 
@@ -139,6 +140,7 @@ class Stage:
 
         Also raises McrError after a signal, and if the supervisor has ended.
         """
+        timeout_s = scaled(timeout_s)
         deadline_s = time.monotonic() + timeout_s
         while not done():
             if self._signal is not None:
@@ -147,7 +149,7 @@ class Stage:
                 raise self._supervisor.failure()
             if time.monotonic() >= deadline_s:
                 if late:
-                    raise McrError(f"{late} after {timeout_s:.0f} s", "see what the machine does: top, dmesg")
+                    raise McrError(f"{late} after {timeout_s:.0f} s", slow_machine("see top and dmesg"))
                 return False
             time.sleep(POLL_S)
         return True
@@ -212,7 +214,7 @@ def _has_carrier(name: str) -> bool:
 
 def _kill_all_in(name: str) -> None:
     """Ends what a killed supervisor has left running. Raises McrError if something does not end."""
-    deadline_s = time.monotonic() + STOP_S
+    deadline_s = time.monotonic() + scaled(STOP_S)
     while pids := _ip("netns", "pids", name).split():
         if time.monotonic() > deadline_s:
             raise McrError(f"processes {', '.join(pids)} in {name} survive SIGKILL", "look into dmesg")
@@ -277,7 +279,7 @@ def show(stage: Stage, count: int, rate: float) -> tuple[int, list[str]]:
     click.echo(f"{DRAWING.format(**stage.names)}\n{CONFIG}")
     stage.make_network()
     client = _start_relay(stage)
-    number, limit_s = str(count), str(count / rate + SPARE_S)
+    number, limit_s = str(count), str(count / rate + scaled(SPARE_S))
     ends = ("--expect", number, "--idle", "2", "--timeout", limit_s, "--digest", "-j")
     sinks = [stage.spawn("sinks", "listen", stream, *ends) for stream in SINKS]
     stage.wait(lambda: all(sink.is_ready() for sink in sinks), late="mcr listen is not ready")

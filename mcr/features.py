@@ -27,6 +27,7 @@ from typing import Any, Literal, TypeAlias
 from mcr import firewall, procfs
 from mcr._bpf import ffi, lib
 from mcr.errors import ExitStatus, McrError
+from mcr.limits import scaled
 from mcr.loader import BPFFS
 from mcr.privileges import ALWAYS, AS_ROOT, LOCK
 from mcr.reasons import JOIN_LIMITS
@@ -189,7 +190,7 @@ def _attaches() -> Iterator[Check]:
     argv = [sys.executable, "-m", "mcr.features"]
     try:
         child = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SCRATCH_TIMEOUT_S
+            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=scaled(SCRATCH_TIMEOUT_S)
         )
         tried: dict[str, int] = json.loads(child.stdout)
     except (OSError, ValueError, subprocess.SubprocessError):

@@ -25,6 +25,7 @@ from typing import Literal
 import mcr
 from mcr._bpf import ffi, lib
 from mcr.errors import ExitStatus, McrError
+from mcr.limits import COMPILE_TIMEOUT_S, scaled, slow_machine
 
 BPFFS = Path("/sys/fs/bpf")
 MAP_NAMES = (
@@ -70,7 +71,6 @@ PRIVATE_MAPS = ("scratch", "tap_scratches")
 PROGRAM_NAME = "mcr_relay"
 GONE = "already gone"  # or not to be seen, for want of CAP_BPF
 TRACEPOINTS = {"mcr_devmap_xmit": "xdp_devmap_xmit", "mcr_refused": "xdp_redirect_err"}
-COMPILE_TIMEOUT_S = 60
 BPF_INSTRUCTION = struct.Struct("=BBhi")  # struct bpf_insn of linux/bpf.h, as are the two below
 BPF_LOAD_64, BPF_PSEUDO_MAP_FD = 0x18, 1
 VERIFIER_LOG_BYTES = 4 << 20
@@ -278,17 +278,18 @@ def load_traced(instance: str) -> None:
 
 
 def _in_child(directory: Path, *options: str) -> None:
+    limit_s = scaled(COMPILE_TIMEOUT_S)
     try:
         child = subprocess.run(
             [sys.executable, "-m", "mcr.loader", str(directory), *options],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=COMPILE_TIMEOUT_S,
+            timeout=limit_s,
         )
     except subprocess.TimeoutExpired as error:
         raise McrError(
-            f"compiling took more than {COMPILE_TIMEOUT_S} s", "look at the machine's load"
+            f"compiling took more than {limit_s:g} s", slow_machine("look at the machine's load and memory")
         ) from error
     if child.returncode:
         raise _child_error(child)

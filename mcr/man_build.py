@@ -28,6 +28,7 @@ FILES = {
 ENVIRONMENT = {
     "MCR_RUNTIME_DIR": "Replaces /run/mcr.",
     "MCR_STATE_DIR": "Replaces /var/lib/mcr.",
+    "MCR_TIME_SCALE": "A number from 1 to 1000 that every time limit is multiplied by, for slow machines.",
     "NO_COLOR": "If it is not empty, mcr top uses no colours.",
 }
 

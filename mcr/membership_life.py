@@ -23,6 +23,7 @@ from typing import Self
 import _cffi_backend
 
 from mcr import __version__
+from mcr.limits import scaled, slow_machine
 from mcr.line_log import LineLog
 
 START_TIMEOUT_S = 60.0  # of Python, on a machine that may be busy
@@ -178,11 +179,12 @@ class Life:
 
     async def _line(self, timeout_s: float) -> str:
         """In two looks: what arrived while this loop was held up is there for the second one."""
+        timeout_s = scaled(timeout_s)
         for _ in range(2):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s / 2):
                     return (await self._reader.readline()).decode()
-        raise TimeoutError(f"it has been silent for {timeout_s:g} s")
+        raise TimeoutError(slow_machine(f"it has been silent for {timeout_s:g} s"))
 
     def kill(self) -> None:
         """Does nothing to one that has been ended or let go."""
@@ -208,7 +210,7 @@ class Life:
         """
         self._writer.close()
         try:
-            async with asyncio.timeout(STOP_TIMEOUT_S):
+            async with asyncio.timeout(scaled(STOP_TIMEOUT_S)):
                 await self.wait()
         except TimeoutError:
             self.kill()

@@ -28,6 +28,7 @@ from pyroute2.netlink.rtnl.ndmsg import ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from mcr.errors import McrError
+from mcr.limits import scaled
 from mcr.rule import InterfaceFacts
 from mcr.stream import Address
 
@@ -120,7 +121,7 @@ def ask(protocol: int, request: Any, message_type: int, flags: int = 0) -> Gener
     marshal = Marshal()
     marshal.default_message_class, marshal.msg_map = type(request), {netlink.NLMSG_DONE: netlink.nlmsg}
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as kernel:
-        kernel.settimeout(REQUEST_TIMEOUT_S)
+        kernel.settimeout(scaled(REQUEST_TIMEOUT_S))
         kernel.send(request.data)
         while True:
             for message in marshal.parse(kernel.recv(RECEIVE_BYTES)):

@@ -19,6 +19,7 @@ from typing import Any
 from mcr import loader
 from mcr._bpf import ffi, lib
 from mcr.errors import McrError
+from mcr.limits import scaled
 from mcr.maps import Maps
 from mcr.tap_egress import EgressTap
 
@@ -171,7 +172,7 @@ class Tap:
             self._drain(run, KEPT_BYTES + RING_BYTES)  # what is left in the rings has been told after all
         finally:
             self._release(run)
-        while time.monotonic() - run.heard_s <= LEASE_S:
+        while time.monotonic() - run.heard_s <= scaled(LEASE_S):
             await asyncio.sleep(POLL_S)
         self._run = None
 
@@ -179,8 +180,8 @@ class Tap:
         now_s = time.monotonic()
         if not run.settling and self._maps.tap_counts()[0] >= run.request.limit:
             run.settling = True
-            run.deadline_s = min(run.deadline_s, now_s + SETTLE_S)
-        return now_s > run.deadline_s or now_s - run.heard_s > LEASE_S
+            run.deadline_s = min(run.deadline_s, now_s + scaled(SETTLE_S))
+        return now_s > run.deadline_s or now_s - run.heard_s > scaled(LEASE_S)
 
     def _hush(self, run: _Run) -> None:
         """Nothing more is told after this."""

@@ -19,12 +19,14 @@ from mcr import __version__
 from mcr._bpf import ffi, lib
 from mcr.desired import OutputSpec, RuleSpec, WorkerSetup, output_flags
 from mcr.errors import McrError
+from mcr.limits import scaled
 from mcr.line_log import LineLog
 from mcr.maps import MAX_QUEUES, address_bytes
 
 REPLY_TIMEOUT_S = 3.0
 SETUP_TIMEOUT_S = 10.0
 SHUTDOWN_TIMEOUT_S = 1.5
+EXIT_TIMEOUT_S = 0.5
 HELLO = f"mcr {__version__} ABI {lib.MCR_ABI_VERSION}"  # the first message of a worker of the same version
 COMMAND = (sys.executable, "-m", "mcr.uring_egress")
 
@@ -144,7 +146,7 @@ class WorkerProcess:
         for thread in range(len(body.cpus)):
             body.cpus[thread] = setup.cpus[thread] if thread < len(setup.cpus) else -1
         body.interface = os.fsencode(setup.interface)
-        reply, sockets = await self._command(command, fds, SETUP_TIMEOUT_S)
+        reply, sockets = await self._command(command, fds, scaled(SETUP_TIMEOUT_S))
         if reply.status:
             for fd in sockets:
                 os.close(fd)
@@ -153,11 +155,12 @@ class WorkerProcess:
 
     async def _greet(self) -> None:
         """A worker of another version would read other structs: the files were replaced since we started."""
+        limit_s = scaled(SETUP_TIMEOUT_S)
         try:
-            async with asyncio.timeout(SETUP_TIMEOUT_S):
+            async with asyncio.timeout(limit_s):
                 hello = await self._hello
         except TimeoutError as error:
-            raise WorkerGoneError(f"no hello for {SETUP_TIMEOUT_S:g} s") from error
+            raise WorkerGoneError(f"no hello for {limit_s:g} s") from error
         if not hello:
             raise WorkerGoneError("it ended before it said hello")
         if hello != HELLO:
@@ -203,13 +206,13 @@ class WorkerProcess:
         """Drains the worker and reaps it; one that does not end in time is killed."""
         with contextlib.suppress(WorkerGoneError, McrError):
             command = ffi.new("struct mcr_command *", {"type": lib.MCR_SHUTDOWN})
-            await self._command(command, (), SHUTDOWN_TIMEOUT_S)
+            await self._command(command, (), scaled(SHUTDOWN_TIMEOUT_S))
         await self.end()
 
     async def end(self) -> int:
         """Reaps the process, killing it if it runs on. Returns its exit status."""
         try:
-            async with asyncio.timeout(0.5):
+            async with asyncio.timeout(scaled(EXIT_TIMEOUT_S)):
                 await self.process.wait()
         except TimeoutError:
             self.kill()
@@ -225,7 +228,7 @@ class WorkerProcess:
     # --- the command socket
 
     async def _done(self, command: Any, fds: Sequence[int] = ()) -> None:
-        reply, _ = await self._command(command, fds, REPLY_TIMEOUT_S)
+        reply, _ = await self._command(command, fds, scaled(REPLY_TIMEOUT_S))
         if reply.status:
             cause = ffi.string(reply.message).decode(errors="replace")
             raise McrError(f"worker {self.name}: {cause}", "see the log; restarting MCR helps")

@@ -15,6 +15,7 @@ from mcr.control import ControlClient, socket_path
 from mcr.errors import ExitStatus, McrError
 from mcr.features import Check, Relay, host_checks, no_supervisor
 from mcr.interface_features import Use, interface_checks
+from mcr.limits import scaled
 from mcr.netlink import read_interfaces
 from mcr.rule import InterfaceFacts
 from mcr.stream import parse_output
@@ -28,7 +29,7 @@ def _relay(path: Path) -> Relay:
         status, rules = client.call("status"), client.call("rule.show")
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(TIMEOUT_S)
+            probe.settimeout(scaled(TIMEOUT_S))
             probe.connect(str(path))
             credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     except OSError as error:

@@ -12,6 +12,7 @@ import click
 from mcr import logs
 from mcr.cli.common import Settings
 from mcr.errors import ExitStatus, McrError
+from mcr.limits import time_scale
 
 COMMANDS = (
     *("run", "attach", "detach", "rule", "status", "stats", "check", "reload", "send", "listen"),
@@ -53,6 +54,7 @@ def report(error: McrError) -> None:
 def main() -> None:
     """Runs one command and exits with its status."""
     try:
+        time_scale()  # a wrong one is said before anything waits
         status = cli.main(standalone_mode=False, prog_name="mcr")
         sys.exit(status if isinstance(status, int) else ExitStatus.DONE)
     except McrError as error:

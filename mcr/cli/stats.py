@@ -11,6 +11,7 @@ from mcr.accounting import dropped, unaccounted
 from mcr.cli.common import Row, Settings, call, complete_rules, json_option, print_json, print_table
 from mcr.cli.tables import amount, duration
 from mcr.errors import McrError
+from mcr.limits import scaled
 
 if TYPE_CHECKING:
     from mcr.cli.streams import Stream
@@ -96,11 +97,11 @@ def _at_rest(settings: Settings, name: str | None) -> list[Row]:
         if _counts(before) != _counts(rows):
             rested_s = now_s
         whole = not any(unaccounted(row) for row in rows)
-        if now_s - rested_s > (REST_S if whole else SETTLED_S):
+        if now_s - rested_s > (REST_S if whole else scaled(SETTLED_S)):
             return rows
-        if now_s - started_s > CHECK_LIMIT_S:
+        if now_s - started_s > scaled(CHECK_LIMIT_S):
             raise McrError(
-                f"traffic goes on: no rest within {CHECK_LIMIT_S} s",
+                f"traffic goes on: no rest within {scaled(CHECK_LIMIT_S):g} s",
                 "stop the sources, or name a rule at rest",
             )
         time.sleep(REST_S / 2)

@@ -13,10 +13,11 @@ from typing import Any, Self
 from mcr.cli.common import Settings
 from mcr.control import ControlClient, socket_path
 from mcr.errors import McrError
+from mcr.limits import COMPILE_TIMEOUT_S
 from mcr.tap_events import Event, decode
 
 POLL_S = 0.05
-START_TIMEOUT_S = 70.0  # the first one of a supervisor compiles its programs
+START_TIMEOUT_S = COMPILE_TIMEOUT_S + 10.0  # the first one of a supervisor compiles its programs
 
 
 class Tapping:
