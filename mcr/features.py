@@ -24,17 +24,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from mcr import firewall, procfs
+from mcr import firewall, loader, procfs
 from mcr._bpf import ffi, lib
 from mcr.errors import ExitStatus, McrError
-from mcr.limits import scaled
-from mcr.loader import BPFFS
+from mcr.limits import VARIABLE, scaled, time_scale
+from mcr.loader import BPFFS, OLDEST_KERNEL
 from mcr.privileges import ALWAYS, AS_ROOT, LOCK
 from mcr.reasons import JOIN_LIMITS
 
 Answer: TypeAlias = Literal["yes", "no", "can't tell"]
 
-OLDEST_KERNEL = (6, 1)
+SLOW_S = 10.0  # to compile and load, for a second
 SCRATCH_TIMEOUT_S = 20
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 AF_XDP = 44  # linux/socket.h
@@ -81,6 +81,7 @@ def host_checks(relay: Relay | None) -> Iterator[Check]:
         yield from _of_relay(relay)
     process = relay.pid if relay is not None else os.getpid()
     yield _kernel()
+    yield _proc()
     yield from _bpf(relay)
     yield _btf()
     yield _jit()
@@ -149,13 +150,19 @@ def _same_namespace(pid: int) -> Check:
 
 def _kernel() -> Check:
     release = platform.release()
-    version = re.match(r"(\d+)\.(\d+)", release)
+    version = loader.kernel_version()
     if version is None:
         return Check("kernel", "can't tell", f"release {release!r}")
-    new_enough = (int(version[1]), int(version[2])) >= OLDEST_KERNEL
-    if new_enough:
+    if version >= OLDEST_KERNEL:
         return Check("kernel", "yes", f"Linux {release}")
     return Check("kernel", "no", f"Linux {release}", "use Linux 6.1 or later", True)
+
+
+def _proc() -> Check:
+    """Where there is none, MCR cannot find out what it may do."""
+    if Path("/proc/self/status").exists():
+        return Check("/proc", "yes", "mounted")
+    return Check("/proc", "no", "it is not mounted", "mount -t proc proc /proc", True)
 
 
 def _load_pass_program() -> int:
@@ -171,7 +178,7 @@ def _bpf(relay: Relay | None) -> Iterator[Check]:
     fd = _load_pass_program()
     if fd >= 0:
         os.close(fd)
-        yield Check("BPF programs load", "yes", "a program that passes everything was loaded and released")
+        yield from _programs()
         yield from _attaches()
     elif -fd in (errno.EPERM, errno.EACCES):
         evidence = "this process is not permitted to"
@@ -183,6 +190,21 @@ def _bpf(relay: Relay | None) -> Iterator[Check]:
     else:
         remedy = "use a kernel with CONFIG_BPF_SYSCALL"
         yield Check("BPF programs load", "no", os.strerror(-fd), remedy, True)
+
+
+def _programs() -> Iterator[Check]:
+    """Compiles and loads MCR's own, as a start and its first trace would; nothing of it stays."""
+    for name, traced in (("BPF programs load", False), ("trace programs load", True)):
+        try:
+            seconds = loader.try_loading(traced)
+        except McrError as error:
+            answer: Answer = "can't tell" if error.status == ExitStatus.NOT_PERMITTED else "no"
+            yield Check(name, answer, error.cause, error.remedy, needed=not traced)
+            return
+        evidence = f"MCR's own were compiled and loaded in {seconds:.1f} s, and released"
+        if seconds > SLOW_S * time_scale():
+            evidence += f"; a second is usual: see {VARIABLE} if a limit ends something"
+        yield Check(name, "yes", evidence)
 
 
 def _attaches() -> Iterator[Check]:

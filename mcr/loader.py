@@ -1,9 +1,10 @@
 """Compiles, loads, pins and attaches the BPF side of one instance, and takes it away again.
 
 BCC, and with it LLVM, is only ever imported in a short-lived child: `python -m mcr.loader DIRECTORY`
-compiles, loads, pins everything into DIRECTORY and ends; the supervisor opens the pins. Loading goes
-through libbpf, because BCC knows neither program flags nor links. This module must never decide what
-to attach where, and never replaces a program that it did not load.
+compiles, loads, pins everything into DIRECTORY and ends; the supervisor opens the pins. `--try` in place of
+a directory does the same and pins nothing, for `mcr doctor` and for reports. Loading goes through libbpf,
+because BCC knows neither program flags nor links. This module must never decide what to attach where, and
+never replaces a program that it did not load.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import errno
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import struct
@@ -73,9 +75,11 @@ GONE = "already gone"  # or not to be seen, for want of CAP_BPF
 TRACEPOINTS = {"mcr_devmap_xmit": "xdp_devmap_xmit", "mcr_refused": "xdp_redirect_err"}
 BPF_INSTRUCTION = struct.Struct("=BBhi")  # struct bpf_insn of linux/bpf.h, as are the two below
 BPF_LOAD_64, BPF_PSEUDO_MAP_FD = 0x18, 1
-VERIFIER_LOG_BYTES = 4 << 20
+VERIFIER_LOG_BYTES = (4 << 20, 64 << 20)  # the second if the first is too small
 BUSY_RETRY_S = 1.0
-COMPILE_BY_HAND = "mkdir /sys/fs/bpf/try && python3 -m mcr.loader /sys/fs/bpf/try"
+OLDEST_KERNEL = (6, 1)
+TRY, TRACED = "--try", "--traced"
+TRY_BY_HAND = f"{sys.executable} -m mcr.loader {TRY}"
 
 Mode = Literal["native", "generic"]
 
@@ -126,7 +130,7 @@ def _compile(
         descriptors = {name: int(libbcc.bpf_table_fd(module.module, name.encode())) for name in names}
         return descriptors, {name: bytes(module.dump_func(name)) for name in programs}
     except Exception as error:  # BCC raises bare Exceptions; the compiler's own words are on stderr
-        raise McrError("relay_kern.c does not compile", f"see it whole: {COMPILE_BY_HAND}") from error
+        raise McrError("relay_kern.c does not compile", f"see it whole: {TRY_BY_HAND}") from error
 
 
 def _kernel_facts() -> dict[str, int]:
@@ -149,28 +153,49 @@ def _offset(struct: str, member: str) -> int:
 
 
 def _verifier_words(log: str) -> str:
-    """The line of a verifier log that says what is wrong: the last one before its statistics."""
+    """The line of a verifier log that says what is wrong, the last one before its statistics, or nothing."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     wanted = [
         line for line in lines if not line.startswith(("processed ", "verification time", "stack depth"))
     ]
-    return wanted[-1] if wanted else "no verifier log"
+    return f": {wanted[-1]}" if wanted else ""
 
 
 def _load(name: str, kind: int, instructions: bytes) -> int:
-    log = ffi.new("char[]", VERIFIER_LOG_BYTES)
     code, count = ffi.from_buffer(instructions), len(instructions) // 8
-    fd = int(lib.mcr_load_program(kind, name.encode(), code, count, log, len(log)))
-    if fd >= 0:
-        return fd
+    for size in VERIFIER_LOG_BYTES:
+        log = ffi.new("char[]", size)
+        fd = int(lib.mcr_load_program(kind, name.encode(), code, count, log, len(log)))
+        if fd >= 0:
+            return fd
+        if fd != -errno.ENOSPC:  # of a log that found no room; else it is the verifier's own
+            break
     if fd in (-errno.EPERM, -errno.EACCES) and not ffi.string(log):
         raise _not_permitted_to_load()
     text = ffi.string(log).decode(errors="replace")
-    sys.stderr.write(text[-8000:])
-    raise McrError(
-        f"the kernel refused {name}: {os.strerror(-fd)}: {_verifier_words(text)}",
-        f"MCR needs Linux 6.1 or later; this is {platform.release()}",
-    )
+    sys.stderr.write(text)
+    raise McrError(f"the kernel refused {name}: {os.strerror(-fd)}{_verifier_words(text)}", _remedy(-fd))
+
+
+def kernel_version() -> tuple[int, int] | None:
+    """The first two numbers of the running kernel's release, None if it does not begin with such."""
+    found = re.match(r"(\d+)\.(\d+)", platform.release())
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _remedy(code: int) -> str:
+    """For a program or map that the kernel has refused. Nothing depends on how an interface is attached."""
+    version = kernel_version()
+    if version is not None and version < OLDEST_KERNEL:
+        return f"use Linux {'.'.join(map(str, OLDEST_KERNEL))} or later; this is {platform.release()}"
+    remedies = {
+        errno.EMFILE: "raise the limit of open files (ulimit -n, LimitNOFILE=)",
+        errno.ENFILE: "raise fs.file-max (sysctl)",
+        errno.EAGAIN: "raise the limit of processes (ulimit -u, LimitNPROC=, TasksMax=)",
+        errno.ENOMEM: "free memory, or raise the memory limit of the service or container",
+    }
+    report = f"try another kernel or BPF compiler, and report it with all that this prints: {TRY_BY_HAND}"
+    return remedies.get(code, report)
 
 
 def _pin(fd: int, path: Path) -> None:
@@ -208,6 +233,20 @@ def compile_traced(directory: Path) -> None:
             )
 
 
+def try_programs(traced: bool) -> None:
+    """What the child does for who only wants to know: compile and load, and let go of all by ending."""
+    os.nice(10)  # a relay may be running
+    with contextlib.suppress(ImportError):  # compiling says what that means
+        import bcc
+
+        words = (platform.release(), platform.machine(), bcc.__version__, mcr.__version__)
+        sys.stderr.write("Linux {} {}, bcc {}, MCR {}\n".format(*words))
+    wanted = [(name, kind) for name, kind, _, _ in TRACED_PROGRAMS] if traced else list(PROGRAMS.items())
+    _, programs = _compile(bpf_source_dir(), [name for name, _ in wanted], traced)
+    for name, kind in wanted:
+        _load(name, kind, programs[name])
+
+
 def _with_maps(instructions: bytes, instead: Mapping[int, int]) -> bytes:
     """A program with other maps of the same layout: the loads of map descriptors (linux/bpf.h) say others.
 
@@ -224,8 +263,11 @@ def _with_maps(instructions: bytes, instead: Mapping[int, int]) -> bytes:
 
 
 def _child_main(directory: str, *options: str) -> int:
+    traced = TRACED in options
     try:
-        if options == ("--traced",):
+        if directory == TRY:
+            try_programs(traced)
+        elif traced:
             compile_traced(Path(directory))
         else:
             compile_into(Path(directory))
@@ -274,10 +316,20 @@ def load(instance: str) -> None:
 
 def load_traced(instance: str) -> None:
     """Compiles the programs that work while a trace runs, and puts them where the others find them."""
-    _in_child(pin_dir(instance), "--traced")
+    _in_child(pin_dir(instance), TRACED)
 
 
-def _in_child(directory: Path, *options: str) -> None:
+def try_loading(traced: bool) -> float:
+    """Compiles and loads what a start needs, or its first trace. Returns the seconds that it took.
+
+    Nothing is pinned, attached or kept. Raises McrError, as the start would.
+    """
+    begin_s = time.monotonic()
+    _in_child(TRY, *([TRACED] if traced else []))
+    return time.monotonic() - begin_s
+
+
+def _in_child(directory: Path | str, *options: str) -> None:
     limit_s = scaled(COMPILE_TIMEOUT_S)
     try:
         child = subprocess.run(
@@ -291,6 +343,11 @@ def _in_child(directory: Path, *options: str) -> None:
         raise McrError(
             f"compiling took more than {limit_s:g} s", slow_machine("look at the machine's load and memory")
         ) from error
+    except OSError as error:
+        raise McrError(
+            f"cannot start the BPF compiler: {error.strerror}",
+            _remedy(error.errno or 0),
+        ) from error
     if child.returncode:
         raise _child_error(child)
 
@@ -303,10 +360,13 @@ def _child_error(child: subprocess.CompletedProcess[str]) -> McrError:
         words = child.stderr.strip().splitlines() or ["it said nothing"]
         return McrError(
             f"the BPF compiler died (exit status {child.returncode}): {words[-1]}",
-            f"see it whole: {COMPILE_BY_HAND}",
+            f"see it whole: {TRY_BY_HAND}",
         )
     if "Operation not permitted" in child.stderr:
         return _not_permitted_to_load()
+    for code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # the compiler makes the maps
+        if f"error: {os.strerror(code)}" in child.stderr:
+            return McrError(f"cannot make the BPF maps: {os.strerror(code)}", _remedy(code))
     complaints = [line.strip() for line in child.stderr.splitlines() if "error:" in line]
     cause = f"{error['cause']}: {complaints[0]}" if complaints else error["cause"]
     return McrError(cause, error["remedy"], status=ExitStatus(error["status"]))

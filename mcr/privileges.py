@@ -63,7 +63,11 @@ def check() -> None:
 
 def _effective() -> int:
     """The effective set of this process (proc(5))."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError as error:
+        raise McrError(f"/proc cannot be read: {error.strerror}", "mount -t proc proc /proc") from error
+    for line in text.splitlines():
         if line.startswith("CapEff:"):
             return int(line.split()[1], 16)
     return 0

@@ -33,6 +33,7 @@ from tests.netns.lab import Lab, RelayTopology
 CAM = "239.1.1.1%in0:5000"
 SENT = "239.1.1.1%eth0:5000"
 COUNT = 20
+DOCTOR_S = 120.0  # it compiles, which takes long on a busy machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +286,7 @@ def answers(bench: Bench, question: Question) -> tuple[bool, str]:
     """Whether the answer is the one that is wanted, and the answer."""
     relay = bench.topology.relay
     argv = [*question.prefix, sys.executable, "-m", "mcr.cli.main", "--instance", relay.name, *question.ask]
-    said = bench.lab.run(relay, argv, check=False).stdout
+    said = bench.lab.run(relay, argv, check=False, timeout_s=DOCTOR_S).stdout
     lines = said.splitlines()
     found = [number for number, line in enumerate(lines) if question.cause in line]
     if len(found) != 1 or question.verdict not in lines[0]:
@@ -379,7 +380,7 @@ def test_stream_that_is_relayed_is_explained_without_a_problem(bench: Bench) -> 
 def test_doctor_finds_nothing_missing_and_changes_nothing(bench: Bench) -> None:
     relay = bench.topology.relay
     before = bench.lab.ip(relay, "-d -j link show"), bench.lab.leftovers(relay)
-    asked = bench.lab.mcr(relay, "doctor", "-j")
+    asked = bench.lab.mcr(relay, "doctor", "-j", timeout_s=DOCTOR_S)
     rows: list[Report] = json.loads(asked.stdout)
     assert asked.returncode == 0
     assert {row["interface"] for row in rows} == {"", "in0"}
@@ -396,7 +397,8 @@ def test_doctor_finds_nothing_missing_and_changes_nothing(bench: Bench) -> None:
 def test_doctor_without_privilege_or_supervisor_ends_with_answers(bench: Bench) -> None:
     relay = bench.topology.relay
     argv = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", sys.executable]
-    asked = bench.lab.run(relay, [*argv, "-m", "mcr.cli.main", "--instance", "none", "doctor"], check=False)
+    argv += ["-m", "mcr.cli.main", "--instance", "none", "doctor"]
+    asked = bench.lab.run(relay, argv, check=False, timeout_s=DOCTOR_S)
     assert (asked.returncode, asked.stderr) == (1, "")
     assert "MCR needs: capabilities" in asked.stdout
     assert "can't tell" in asked.stdout

@@ -7,10 +7,9 @@ has the package and a spoiled copy of bpf/.
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from socket import if_nametoindex
@@ -27,10 +26,10 @@ from mcr.maps import Maps, rule_key
 from mcr.netlink import xdp_program
 from mcr.stream import parse_stream
 from tests.netns.lab import Lab
+from tests.unit.conftest import SpoilSource
 
 PINS = {*MAP_NAMES, *PROGRAMS}
 NOBODY = 65534
-SpoilSource = Callable[[str, str, str], None]
 Mode = Literal["native", "generic"]
 
 
@@ -40,25 +39,6 @@ def instance(lab: Lab) -> Iterator[str]:
     name = lab.namespace("a").name
     yield name
     loader.unload(name)
-
-
-@pytest.fixture
-def spoil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SpoilSource:
-    """Replaces a text, which must be there, in one file of the sources that the compiling child sees."""
-    package = Path(mcr.__file__).parent
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    (tree / "mcr").symlink_to(package)
-    shutil.copytree(loader.bpf_source_dir(), tree / "bpf")
-
-    def replace(file: str, good: str, bad: str) -> None:
-        path = tree / "bpf" / file
-        text = path.read_text()
-        assert text.count(good) == 1
-        path.write_text(text.replace(good, bad))
-        monkeypatch.chdir(tree)
-
-    return replace
 
 
 def bpftool(*arguments: str | Path) -> Any:
