@@ -43,8 +43,10 @@ class Query:
 class Worker:
     """A worker of an interface; process_state is the letter of proc_pid_stat(5), empty if it is not known."""
 
-    pid: int
+    pid: int | None
     process_state: str = ""
+    reason: str = ""
+    queues: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,23 +224,23 @@ def _interface_problems(situation: Situation, interface: str) -> Iterator[Proble
 
 
 def _worker_problems(interface: str, ingress: Ingress) -> Iterator[Problem]:
-    if ingress.pending:
-        yield Problem(
-            "worker", f"{interface}: {ingress.pending}",
-            "it is started again by itself within 10 s; if it dies again, the log says of what",
-        )  # fmt: skip
+    """One for each worker that relays nothing now."""
+    again = "it is started again by itself within 10 s; if it dies again, the log says of what"
+    if ingress.pending and not any(worker.reason for worker in ingress.workers):
+        yield Problem("worker", f"{interface}: {ingress.pending}", again)
         return
     for worker in ingress.workers:
-        if worker.process_state in ("T", "t"):
+        several = len(ingress.workers) > 1 and worker.queues
+        where = f"{interface}, queues {worker.queues}" if several else interface
+        if worker.reason:
+            yield Problem("worker", f"{where}: {worker.reason}", again)
+        elif worker.process_state in ("T", "t"):
             yield Problem(
-                "worker", f"worker {worker.pid} of {interface} is stopped and relays nothing",
-                f"none is needed: it is replaced within 4 s; or at once: kill -CONT {worker.pid}",
+                "worker", f"worker {worker.pid} of {where} is stopped and relays nothing",
+                f"none is needed: it is replaced after some seconds; or at once: kill -CONT {worker.pid}",
             )  # fmt: skip
         elif worker.process_state in ("Z", "X"):
-            yield Problem(
-                "worker", f"worker {worker.pid} of {interface} is dead",
-                "it is started again by itself within 10 s; if it dies again, the log says of what",
-            )  # fmt: skip
+            yield Problem("worker", f"worker {worker.pid} of {where} is dead", again)
 
 
 def _join_problems(situation: Situation, stream: Stream) -> Iterator[Problem]:
@@ -329,13 +331,14 @@ def _explain_none(query: Query, situation: Situation) -> list[Row]:
 def _explain_rule(query: Query, situation: Situation, found: Sequence[RuleState]) -> list[Row]:
     state, *others = found
     blocking, lossy = _entrance(query, situation, state)
+    away = _workers_away(situation, state, blocking)
     outputs = [explain_output(query.ttl, query.size, output, state, situation) for output in state.outputs]
     sending = sum(not output.blocked for output in outputs)
-    problems = [*blocking, *lossy, *_counted_problems(situation, state, bool(blocking))]
+    problems = [*blocking, *away, *lossy, *_counted_problems(situation, state, bool(blocking))]
     for output in outputs:
         problems += output.problems
     return [
-        _verdict(state, blocking, lossy, sending),
+        _verdict(state, blocking, lossy, sending, _relaying(situation, away)),
         _rule_row(state, others),
         *_input_rows(situation, state.rule.stream.interface),
         {"object": "path", "path": state.path, "text": f"{state.path}: {state.reason}"},
@@ -347,20 +350,35 @@ def _explain_rule(query: Query, situation: Situation, found: Sequence[RuleState]
 
 def _entrance(query: Query, situation: Situation, state: RuleState) -> tuple[list[Problem], list[Problem]]:
     """Why packets of a rule do not come in, and why those that do are dropped before any output."""
-    interface, ingress = state.rule.stream.interface, situation.ingress
+    interface = state.rule.stream.interface
     blocking = [*_interface_problems(situation, interface)]
     if state.pending and not blocking:
         blocking.append(Problem("rule", state.pending, 'let MCR choose the path: path = "auto"'))
     joins = [*_join_problems(situation, state.rule.stream)]
-    lossy: list[Problem] = []
-    if not blocking and ingress is not None and state.path == "worker":
-        lossy += _worker_problems(interface, ingress)
-    if interface in situation.facts:
-        lossy += _size_problems(situation, query, state)
+    lossy = [*_size_problems(situation, query, state)] if interface in situation.facts else []
     return blocking + joins, lossy
 
 
-def _verdict(state: RuleState, blocking: Sequence[Problem], lossy: Sequence[Problem], sending: int) -> Row:
+def _workers_away(situation: Situation, state: RuleState, blocking: Sequence[Problem]) -> list[Problem]:
+    """What the rule's packets meet once they have come in, where it needs a worker."""
+    if situation.ingress is None or state.path != "worker" or any(each.about != "join" for each in blocking):
+        return []
+    return [*_worker_problems(state.rule.stream.interface, situation.ingress)]
+
+
+def _relaying(situation: Situation, away: Sequence[Problem]) -> tuple[int, int]:
+    """How many workers relay, and of how many."""
+    total = len(situation.ingress.workers) if situation.ingress else 0
+    return max(0, total - len(away)), max(total, len(away))
+
+
+def _verdict(
+    state: RuleState,
+    blocking: Sequence[Problem],
+    lossy: Sequence[Problem],
+    sending: int,
+    workers: tuple[int, int],
+) -> Row:
     name, total = state.rule.name, len(state.outputs)
     if state.pending:
         verdict, text = "pending", f"rule {name} would take it, but waits"
@@ -368,8 +386,11 @@ def _verdict(state: RuleState, blocking: Sequence[Problem], lossy: Sequence[Prob
         verdict, text = "not joined", f"rule {name} takes it, but its group is not joined"
     elif blocking:
         verdict, text = "blocked", f"rule {name} would take it, but it does not come in"
-    elif lossy or not sending:
+    elif lossy or not sending or (workers[1] and not workers[0]):
         verdict, text = "dropped", f"rule {name} takes it, and drops it"
+    elif workers[0] < workers[1]:
+        verdict = "partly relayed"
+        text = f"rule {name} takes it, and {workers[0]} of {workers[1]} workers relay it"
     elif sending < total:
         verdict, text = "partly relayed", f"rule {name} takes it, and {sending} of {total} outputs send it"
     else:
@@ -391,7 +412,7 @@ def _input_rows(situation: Situation, interface: str) -> Iterator[Row]:
     ingress = situation.ingress
     if ingress is None or interface not in situation.facts:
         return
-    workers = ", ".join(str(worker.pid) for worker in ingress.workers) or "none"
+    workers = ", ".join(str(worker.pid) for worker in ingress.workers if worker.pid) or "none"
     state = "attached" if ingress.attached else "not attached"
     mode = f"{ingress.mode} XDP" if ingress.mode in ("native", "generic") else "no XDP"
     text = f"{interface} is {state}: {mode}, ingress {ingress.ingress or 'none'}, worker {workers}"

@@ -301,7 +301,11 @@ def _io_uring(relay: Relay | None) -> Check:
     if code == errno.EPERM and disabled == 1 and relay is None:
         remedy = "run mcr doctor as root, or: sysctl -w kernel.io_uring_disabled=0"
         return Check(name, "can't tell", "kernel.io_uring_disabled is 1: only the privileged may", remedy)
-    if code == errno.EPERM and relay is not None and any(row.get("worker_pid") for row in relay.status):
+    if (
+        code == errno.EPERM
+        and relay is not None
+        and any(row.get("object") == "worker" and row["pid"] for row in relay.status)
+    ):
         return Check(name, "yes", "this process may not, but a worker uses it")
     remedies = {
         errno.EPERM: "sysctl -w kernel.io_uring_disabled=0",

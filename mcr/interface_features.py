@@ -42,8 +42,10 @@ def interface_checks(use: Use, facts: InterfaceFacts | None, relay: Relay | None
         return [Check("link is up", "no", evidence, remedy, use.used, name)]
     rows = [row for row in relay.status if row.get("interface") == name] if relay else []
     attached = [row for row in rows if row["object"] == "interface"]
+    workers = [row for row in rows if row["object"] == "worker"]
     checks: list[Check] = []
     try:
+        checks.extend(_attached(attached, workers))
         checks.extend(_all(use, facts, attached))
     except (OSError, McrError) as error:  # it has gone meanwhile, or the kernel is silent
         checks.append(Check("the rest", "can't tell", str(error), f"mcr doctor {name}"))
@@ -52,7 +54,6 @@ def interface_checks(use: Use, facts: InterfaceFacts | None, relay: Relay | None
 
 def _all(use: Use, facts: InterfaceFacts, attached: list[dict[str, Any]]) -> Iterator[Check]:
     name = use.interface
-    yield from _workers(attached)
     yield _up(name, facts, use.used)
     yield _ethernet(facts, use.takes_in)
     yield _address(name, facts)
@@ -74,22 +75,32 @@ def _all(use: Use, facts: InterfaceFacts, attached: list[dict[str, Any]]) -> Ite
 # --- what MCR did with it
 
 
-def _workers(attached: list[dict[str, Any]]) -> Iterator[Check]:
+def _attached(attached: list[dict[str, Any]], workers: list[dict[str, Any]]) -> Iterator[Check]:
+    """What a worker lacks is said of the worker."""
+    of_workers = {row["reason"] for row in workers if row["state"] == "pending"}
     for row in attached:
-        pid = row["worker_pid"]
-        if row["reason"]:
+        if row["reason"] and row["reason"] not in of_workers:
             remedy = "it is tried again by itself; see the other checks of this interface, and the log"
             yield Check("attached", "no", row["reason"], remedy, True)
             continue
-        state = procfs.state(pid)
-        restarts = f", restarted {row['worker_restarts']} times" if row["worker_restarts"] else ""
-        if state in ("T", "Z", "X"):
-            words = "stopped" if state == "T" else "dead"
-            remedy = "none is needed: it is replaced within 10 s; the log says why it ended"
-            yield Check("attached", "no", f"its worker {pid} is {words}{restarts}", remedy, True)
-        else:
-            evidence = f"{row['mode']} XDP, ingress {row['ingress']}, worker {pid}{restarts}"
-            yield Check("attached", "yes", evidence)
+        mode = f"{row['mode']} XDP" if row["mode"] != "none" else "no XDP"
+        yield Check("attached", "yes", f"{mode}, ingress {row['ingress']}")
+        yield from map(_worker, workers)
+
+
+def _worker(row: dict[str, Any]) -> Check:
+    check, pid = f"worker {row['worker']}", row["pid"]
+    restarts = f", restarted {row['restarts']} times" if row["restarts"] else ""
+    if row["state"] == "idle":
+        return Check(check, "no", row["reason"], "none is needed, or attach with fewer workers")
+    if row["reason"]:
+        remedy = "it is started again by itself within 10 s; if it dies again, the log says of what"
+        return Check(check, "no", f"{row['reason']}{restarts}", remedy, True)
+    if (state := procfs.state(pid)) in ("T", "Z", "X"):
+        remedy = "none is needed: it is replaced after some seconds; the log says why it ended"
+        return Check(check, "no", f"{pid} is {'stopped' if state == 'T' else 'dead'}{restarts}", remedy, True)
+    queues = f", queues {row['queues']}" if row["queues"] else ""
+    return Check(check, "yes", f"{pid}{queues}{restarts}")
 
 
 def _hook(name: str, attached: list[dict[str, Any]], takes_in: bool) -> Check:

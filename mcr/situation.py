@@ -39,14 +39,14 @@ async def gather(supervisor: "Supervisor", query: Query) -> Situation:
         output.output_id: supervisor.maps.output_counts(output.output_id)
         for output in (state.outputs if state else ())
     }
-    rows = [row for row in views.status(supervisor) if row.get("interface") == stream.interface]
-    interfaces = [row for row in rows if row["object"] == "interface"]
+    rows = [row for row in views.status(supervisor) if row["object"] in ("interface", "worker")]
+    rows = [row for row in rows if row["interface"] == stream.interface]
     refused = _of_interface(supervisor.membership.failures, facts.get(stream.interface))
     seen_ns = counts.last_seen_ns if counts else 0
     return Situation(
         rules=rules,
         facts=facts,
-        ingress=await asyncio.to_thread(_ingress, stream.interface, interfaces) if interfaces else None,
+        ingress=await asyncio.to_thread(_ingress, stream.interface, rows) if rows else None,
         refused=[_refused(failure) for failure in refused],
         counts=counts,
         silent_s=round((time.monotonic_ns() - seen_ns) / 1e9, 3) if seen_ns else None,
@@ -74,18 +74,19 @@ def _refused(failure: MembershipFailure) -> RefusedJoin:
 
 
 def _ingress(interface: str, rows: list[dict[str, Any]]) -> Ingress:
-    """rows: of the interface, one or one for each of its workers."""
-    first = rows[0]
-    pids = [row["worker_pid"] for row in rows if row["worker_pid"]]
-    pending = next((row["reason"] for row in rows if row["reason"]), "")
-    lost = {name: sum(int(row.get(name) or 0) for row in rows) for name in LOST}
+    """rows: the interface's, and one for each of its workers."""
+    attached = next(row for row in rows if row["object"] == "interface")
+    workers = [row for row in rows if row["object"] == "worker" and row["state"] != "idle"]
+    pending = attached["reason"]
     return Ingress(
-        mode=first["mode"],
-        ingress=first["ingress"],
+        mode=attached["mode"],
+        ingress=attached["ingress"],
         pending=pending,
-        workers=tuple(Worker(pid, procfs.state(pid)) for pid in dict.fromkeys(pids)),
+        workers=tuple(
+            Worker(row["pid"], procfs.state(row["pid"]), row["reason"], row["queues"]) for row in workers
+        ),
         other_program=_other_program(interface) if pending else "",
-        lost=lost,
+        lost={name: attached[name] for name in LOST},
     )
 
 

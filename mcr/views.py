@@ -102,7 +102,7 @@ def _worker_row(supervisor: "Supervisor", interface: "AttachedInterface", seat: 
         "interface": interface.name,
         "worker": seat.index,
         "pid": seat.pid,
-        "state": "pending" if seat.pending else "running",
+        "state": ("idle" if seat.setup is None else "pending") if seat.pending else "running",
         "reason": seat.pending,
         "restarts": seat.restarts,
         "crash_loop": seat.crash_loop,

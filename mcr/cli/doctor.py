@@ -82,10 +82,11 @@ def command(settings: Settings, interface: str | None, as_json: bool) -> int:
         relay = _relay(path)
     except McrError as error:
         checks.append(no_supervisor(error))
-    checks += host_checks(relay)
     facts = read_interfaces()
-    for use in _chosen(interface, relay, facts):
-        checks += interface_checks(use, facts.get(use.interface), relay)
+    of_interfaces: list[Check] = []
+    for use in _chosen(interface, relay, facts):  # first, while what the supervisor has said still holds
+        of_interfaces += interface_checks(use, facts.get(use.interface), relay)
+    checks += [*host_checks(relay), *of_interfaces]
     if as_json:
         print_json([each.row() for each in checks])
     else:

@@ -4,6 +4,7 @@ Every packet is handled once: by the worker whose queue it came in by, or whom t
 """
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from mcr._bpf import lib
 
 import mcr
-from mcr import worker
+from mcr import procfs, worker
 from mcr.control import ControlClient
 from mcr.desired import WorkerSetup
 from mcr.errors import McrError
@@ -178,6 +179,54 @@ def test_more_receive_queues_are_followed_within_a_second_by_those_whom_they_con
     refused = lab.run(topology.relay, ["ethtool", "-L", "in0", "rx", "2"], check=False)
     assert "AF_XDP" in refused.stderr
     assert shares(client) == ["0-1", "2-3"]
+
+
+def said_of_workers(lab: Lab, relay: Namespace) -> tuple[int, list[tuple[str, str, str]]]:
+    """The exit status of `mcr doctor in0`, and what it says of each worker."""
+    asked = lab.mcr(relay, "doctor", "in0", "-j", check=False, timeout_s=120)
+    rows = [row for row in json.loads(asked.stdout) if row["interface"] == "in0"]
+    found = [(row["check"], row["answer"], row["evidence"]) for row in rows]
+    return asked.returncode, [
+        each for each in found if each[0] == "attached" or each[0].startswith("worker ")
+    ]
+
+
+def stop(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: procfs.state(pid) == "T", "a worker that is stopped")
+
+
+def test_explain_and_doctor_speak_of_each_worker(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MCR_TIME_SCALE", "20")  # a worker is not ended for its silence meanwhile
+    topology, client = start(lab, "xsk", 2)
+    first, second = pids(client)
+    attached = ("attached", "yes", "native XDP, ingress xsk")
+
+    def explained() -> tuple[str, str, list[str]]:
+        rows = client.call("explain", stream=GROUP_IN)
+        (row,) = [row for row in rows if row["object"] == "input"]
+        causes = [row["cause"] for row in rows if row.get("about") == "worker"]
+        return rows[0]["verdict"], row["workers"], causes
+
+    assert explained() == ("relayed", f"{first}, {second}", [])
+    of_first, of_second = f"{first}, queues 0-1", f"{second}, queues 2-3"
+    whole = [attached, ("worker 0", "yes", of_first), ("worker 1", "yes", of_second)]
+    assert said_of_workers(lab, topology.relay) == (0, whole)
+    try:
+        stop(second)
+        stopped = f"worker {second} of in0, queues 2-3 is stopped and relays nothing"
+        assert explained() == ("partly relayed", f"{first}, {second}", [stopped])
+        of_second = f"{second} is stopped"
+        partly = [attached, ("worker 0", "yes", of_first), ("worker 1", "no", of_second)]
+        assert said_of_workers(lab, topology.relay) == (1, partly)
+        stop(first)
+        too = f"worker {first} of in0, queues 0-1 is stopped and relays nothing"
+        assert explained() == ("dropped", f"{first}, {second}", [too, stopped])
+    finally:
+        for pid in (first, second):
+            os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: explained()[0] == "relayed", "both workers")
+    assert pids(client) == [first, second]
 
 
 @pytest.mark.soak

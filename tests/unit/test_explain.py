@@ -211,6 +211,41 @@ def test_absent_worker_drops_with_xdp_and_blocks_without(mode: str, ingress: str
     assert list(problems) == ["in0: its worker is being restarted: it ended"]
 
 
+RESTARTED = "its worker is being restarted: it ended"
+
+
+@pytest.mark.parametrize(
+    ("workers", "verdict", "causes"),
+    [
+        ([Worker(7, "S", queues="0-1"), Worker(8, "R", queues="2")], "relayed", []),
+        (
+            [Worker(7, "S", queues="0-1"), Worker(8, "T", queues="2")],
+            "partly relayed",
+            ["worker 8 of in0, queues 2 is stopped and relays nothing"],
+        ),
+        (
+            [Worker(7, "T", queues="0-1"), Worker(None, reason=RESTARTED, queues="2")],
+            "dropped",
+            ["worker 7 of in0, queues 0-1 is stopped and relays nothing", f"in0, queues 2: {RESTARTED}"],
+        ),
+        ([Worker(7, "Z"), Worker(8, "S")], "partly relayed", ["worker 7 of in0 is dead"]),
+        ([Worker(7, "T")], "dropped", ["worker 7 of in0 is stopped and relays nothing"]),
+    ],
+)
+def test_each_worker_that_is_away_is_named(workers: list[Worker], verdict: str, causes: list[str]) -> None:
+    pending = next((worker.reason for worker in workers if worker.reason), "")
+    ingress = Ingress("native", "xsk", pending, tuple(workers))
+    rules = states(("cam", CAM), outputs=["10.3.0.2:6000"])
+    found, problems = asked(CAM, situation(rules, ingress=ingress))
+    assert (found, list(problems)) == (verdict, causes)
+    (row,) = [
+        row
+        for row in explain(Query(parse_stream(CAM)), situation(rules, ingress=ingress))
+        if row["object"] == "input"
+    ]
+    assert row["workers"] == ", ".join(str(worker.pid) for worker in workers if worker.pid)
+
+
 def test_kernel_path_needs_no_worker() -> None:
     away = Ingress("native", "xsk", "its worker is being restarted: it ended", ())
     assert asked(CAM, situation(states(("cam", CAM)), ingress=away)) == ("relayed", {})
