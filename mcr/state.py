@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tomli_w
 
-from mcr.config import load_config
+from mcr.config import Config, load_config
 from mcr.errors import McrError
 from mcr.rule import Rule
 
@@ -69,10 +69,15 @@ def load_rules(instance: str) -> dict[str, Rule]:
     if not path.exists():
         return {}
     try:
-        return {rule.name: _from_command(rule) for rule in load_config([path]).rules}
+        config = load_config([path])
+        if config != Config(rules=config.rules):
+            raise McrError(
+                "it holds more than rules, so MCR did not write it", "keep that in a file of your own"
+            )
     except McrError as error:
         set_aside(instance, str(error))
         return {}
+    return {rule.name: _from_command(rule) for rule in config.rules}
 
 
 def _from_command(rule: Rule) -> Rule:

@@ -45,8 +45,10 @@ def test_added_rule_outlives_a_killed_supervisor_and_a_temporary_one_does_not(la
         b'[[rule]]\nname = "cam"\nfrom = "239.1',
         b'[[rule]]\nname = "cam"\n',
         b"[other]\n",
+        b'[[attach]]\ninterface = "in0"\n',
+        b'[[rule]]\nname = "cam"\nfrom = "239.1.1.9%in0:5"\nto = ["10.2.0.2:6"]\n[control]\nread = "all"\n',
     ],
-    ids=["empty", "binary", "torn", "incomplete", "foreign"],
+    ids=["empty", "binary", "torn", "incomplete", "foreign", "attachment", "settings"],
 )
 def test_torn_or_foreign_file_is_set_aside_and_not_fatal(lab: Lab, content: bytes) -> None:
     topology = lab.topology_relay()
