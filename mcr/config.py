@@ -9,14 +9,14 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar, get_args
 
-from mcr.errors import McrError
+from mcr.errors import MAX_ERRORS, Faults, McrError, raise_all
 from mcr.rule import (
     MCR_MAX_EGRESS_THREADS,
     MCR_MAX_INTERFACES,
@@ -26,10 +26,18 @@ from mcr.rule import (
     Rule,
     check_rule,
     check_rule_name,
-    check_rules,
     plan,
+    rule_faults,
 )
-from mcr.stream import Address, check_interface_name, parse_address, parse_output, parse_port, parse_stream
+from mcr.stream import (
+    Address,
+    Output,
+    check_interface_name,
+    parse_address,
+    parse_output,
+    parse_port,
+    parse_stream,
+)
 from mcr.toml_lines import KeyLines, KeyPath
 
 Mode: TypeAlias = Literal["auto", "native", "generic"]
@@ -133,69 +141,133 @@ def load_config(paths: Sequence[Path]) -> Config:
     """The configuration that the files make together, in their order; the last `metrics.listen` and
     `control.read` count, and so do the last TLS files.
 
-    Raises McrError for the first thing wrong in any of them, and for rules that cannot go together or that no
+    Raises McrError for everything wrong in any of them, and for rules that cannot go together or that no
     interface whatsoever could carry. A rule's input interface need not be attached.
     """
-    attachments: list[Attachment] = []
-    rules: list[Rule] = []
-    metrics_listen: str | None = None
-    control_read: ControlRead = "group"
-    metrics_tls: TlsFiles | None = None
+    config, errors = read_config(paths)
+    raise_all(errors)
+    return config
+
+
+def read_config(paths: Sequence[Path]) -> tuple[Config, list[McrError]]:
+    """What is right in the files, and what is not, in the order of `by_position`."""
+    faults, config = Faults(), Config()
     for path in paths:
-        table, place = _read(path)
-        _check_keys(table, _KEYS, place, "a configuration")
-        metrics_listen = _metrics_listen(table, place, metrics_listen)
-        control_read = _control_read(table, place, control_read)
-        metrics_tls = _metrics_tls(table, place, metrics_tls)
-        attachments += [parse_attachment(*item) for item in _tables(table, "attach", place)]
-        rules += [parse_rule(*item) for item in _tables(table, "rule", place)]
-    _check_attachments(attachments)
-    check_rules(rules)
-    for rule in rules:
-        plan(rule, {})
-    return Config(tuple(attachments), tuple(rules), metrics_listen, control_read, metrics_tls)
+        with faults:
+            table, place = _read(path)
+            config = _with_file(config, table, place, faults)
+    faults.found += _attachments_faults(config.attachments)
+    faults.found += rule_faults(config.rules)
+    for rule in config.rules:
+        with faults:
+            plan(rule, {})
+    return config, by_position(faults.found, paths)
+
+
+def by_position(errors: Iterable[McrError], paths: Sequence[Path]) -> list[McrError]:
+    """Single errors in the order of the files and of their lines; what has no line comes first."""
+    files = {str(path): number for number, path in enumerate(paths)}
+
+    def position(error: McrError) -> tuple[int, int]:
+        file, _, line = error.where.rpartition(":")
+        return (files[file], int(line)) if file in files and line.isdigit() else (-1, 0)
+
+    return sorted((each for error in errors for each in error.each()), key=position)
+
+
+def _with_file(before: Config, table: Mapping[str, object], place: Place, faults: Faults) -> Config:
+    """The configuration with what a file adds to it, as far as that is right."""
+    faults.found += _unknown_keys(table, _KEYS, place, "a configuration")
+    listen, tls, read = before.metrics_listen, before.metrics_tls, before.control_read
+    with faults:
+        metrics, at = _settings(table, "metrics", _METRICS_KEYS, place, faults)
+        with faults:
+            listen = _metrics_listen(metrics, at, listen)
+        with faults:
+            tls = _metrics_tls(metrics, at, tls)
+    with faults:
+        control, at = _settings(table, "control", _CONTROL_KEYS, place, faults)
+        read = _word(control, "read", get_args(ControlRead), read, at)
+    attachments, rules = [*before.attachments], [*before.rules]
+    for item, at in _tables(table, "attach", place, faults):
+        with faults:
+            attachments.append(parse_attachment(item, at))
+    for item, at in _tables(table, "rule", place, faults):
+        with faults:
+            rules.append(parse_rule(item, at))
+    return Config(tuple(attachments), tuple(rules), listen, read, tls)
 
 
 def parse_attachment(table: Mapping[str, object], place: Place = NOWHERE) -> Attachment:
     """The attachment that a table of `interface` and options describes. Raises McrError."""
-    _check_keys(table, _ATTACH_KEYS, place, "[[attach]]")
-    interface = _text(table, "interface", place)
-    with _located(place.under("interface")):
-        check_interface_name(interface)
-    attachment = Attachment(
+    faults = Faults()
+    faults.found += _unknown_keys(table, _ATTACH_KEYS, place, "[[attach]]")
+    with faults, _located(place.under("interface")):
+        check_interface_name(interface := _text(table, "interface", place))
+    with faults:
+        mode: Mode = _word(table, "mode", get_args(Mode), "auto", place)
+    with faults:
+        ingress: Ingress = _word(table, "ingress", get_args(Ingress), "auto", place)
+    with faults:
+        zero_copy: ZeroCopy = _word(table, "zero_copy", get_args(ZeroCopy), "auto", place)
+    with faults:
+        checksums: UdpChecksums = _word(table, "udp_checksums", get_args(UdpChecksums), "verify", place)
+    with faults:
+        busy_poll = _flag(table, "busy_poll", place)
+    with faults:
+        workers = _number(table, "workers", 1, MCR_MAX_WORKERS, 1, place)
+    with faults:
+        threads = _number(table, "egress_threads", 0, MCR_MAX_EGRESS_THREADS, 0, place)
+    with faults:
+        cpus = _cpus(table, place)
+    faults.check()
+    found = Attachment(
         interface=interface,
-        mode=_word(table, "mode", get_args(Mode), "auto", place),
-        ingress=_word(table, "ingress", get_args(Ingress), "auto", place),
-        zero_copy=_word(table, "zero_copy", get_args(ZeroCopy), "auto", place),
-        udp_checksums=_word(table, "udp_checksums", get_args(UdpChecksums), "verify", place),
-        busy_poll=_flag(table, "busy_poll", place),
-        workers=_number(table, "workers", 1, MCR_MAX_WORKERS, 1, place),
-        egress_threads=_number(table, "egress_threads", 0, MCR_MAX_EGRESS_THREADS, 0, place),
-        cpus=_cpus(table, place),
+        mode=mode,
+        ingress=ingress,
+        zero_copy=zero_copy,
+        udp_checksums=checksums,
+        busy_poll=busy_poll,
+        workers=workers,
+        egress_threads=threads,
+        cpus=cpus,
         origin=place.origin,
     )
-    _check_attachment(attachment, place)
-    return attachment
+    raise_all(_attachment_faults(found, place))
+    return found
 
 
 def parse_rule(table: Mapping[str, object], place: Place = NOWHERE, *, temporary: bool = False) -> Rule:
     """The rule that a table of `name`, `from`, `to` and `path` describes, checked alone. Raises McrError."""
-    _check_keys(table, _RULE_KEYS, place, "[[rule]]")
-    name = _text(table, "name", place)
-    with _located(place.under("name")):
-        check_rule_name(name)
-    source = _text(table, "from", place)
-    with _located(place.under("from")):
-        stream = parse_stream(source)
-    outputs = []
-    for index, text in enumerate(_texts(table, "to", place)):
-        with _located(place.under("to", index)):
-            outputs.append(parse_output(text))
-    path = _word(table, "path", get_args(PathChoice), "auto", place)
-    rule = Rule(name, stream, tuple(outputs), path, place.origin, temporary)
+    faults = Faults()
+    faults.found += _unknown_keys(table, _RULE_KEYS, place, "[[rule]]")
+    with faults, _located(place.under("name")):
+        check_rule_name(name := _text(table, "name", place))
+    with faults, _located(place.under("from")):
+        stream = parse_stream(_text(table, "from", place))
+    with faults:
+        outputs = _outputs(table, place)
+    with faults:
+        path: PathChoice = _word(table, "path", get_args(PathChoice), "auto", place)
+    faults.check()
+    rule = Rule(name, stream, outputs, path, place.origin, temporary)
     with _located(place.under("to")):
         check_rule(rule)
     return rule
+
+
+def _outputs(table: Mapping[str, object], place: Place) -> tuple[Output, ...]:
+    texts = _required(table, "to", place)
+    place, faults, outputs = place.under("to"), Faults(), list[Output]()
+    if not isinstance(texts, list):
+        raise McrError(f"to is {_kind(texts)}, not an array of strings", 'write to = ["..."]', place.where)
+    for index, text in enumerate(texts):
+        with faults, _located(place.under(index)):
+            if not isinstance(text, str):
+                raise McrError(f"to holds {_kind(text)}", "put it in quotes")
+            outputs.append(parse_output(text))
+    faults.check()
+    return tuple(outputs)
 
 
 def parse_listen(text: str) -> tuple[Address, int] | None:
@@ -214,9 +286,20 @@ def parse_listen(text: str) -> tuple[Address, int] | None:
     return parse_address(address), parse_port(port)
 
 
-def _metrics_listen(table: Mapping[str, object], place: Place, before: str | None) -> str | None:
+def _settings(
+    table: Mapping[str, object], key: str, keys: Sequence[str], place: Place, faults: Faults
+) -> tuple[Mapping[str, object], Place]:
+    """The one table of that name, empty if there is none, and its place. Raises McrError if it is none."""
+    settings = table.get(key, {})
+    place = place.under(key)
+    if not isinstance(settings, dict):
+        raise McrError(f"{key} is {_kind(settings)}, not a table", f"write [{key}]", place.where)
+    faults.found += _unknown_keys(settings, keys, place, f"[{key}]")
+    return settings, place
+
+
+def _metrics_listen(metrics: Mapping[str, object], place: Place, before: str | None) -> str | None:
     """What the file says, or before if it says nothing."""
-    metrics, place = _settings(table, "metrics", _METRICS_KEYS, place)
     if "listen" not in metrics:
         return before
     text = _text(metrics, "listen", place)
@@ -224,32 +307,16 @@ def _metrics_listen(table: Mapping[str, object], place: Place, before: str | Non
         return text if parse_listen(text) else None
 
 
-def _control_read(table: Mapping[str, object], place: Place, before: ControlRead) -> ControlRead:
-    """What the file says, or before if it says nothing."""
-    control, place = _settings(table, "control", _CONTROL_KEYS, place)
-    return _word(control, "read", get_args(ControlRead), before, place)
-
-
-def _settings(
-    table: Mapping[str, object], key: str, keys: Sequence[str], place: Place
-) -> tuple[Mapping[str, object], Place]:
-    """The one table of that name, empty if there is none, and its place."""
-    settings = table.get(key, {})
-    place = place.under(key)
-    if not isinstance(settings, dict):
-        raise McrError(f"{key} is {_kind(settings)}, not a table", f"write [{key}]", place.where)
-    _check_keys(settings, keys, place, f"[{key}]")
-    return settings, place
-
-
-def _metrics_tls(table: Mapping[str, object], place: Place, before: TlsFiles | None) -> TlsFiles | None:
+def _metrics_tls(metrics: Mapping[str, object], place: Place, before: TlsFiles | None) -> TlsFiles | None:
     """What the file says, or before if it names no TLS file."""
-    metrics, place = _settings(table, "metrics", _METRICS_KEYS, place)
+    faults = Faults()
     paths: dict[str, Path] = {}
     for key in (key for key in _TLS_KEYS if key in metrics):
-        paths[key] = Path(_text(metrics, key, place))
-        if not paths[key].is_absolute():
-            raise McrError(f"{key} is not an absolute path", "write it from / on", place.under(key).where)
+        with faults:
+            paths[key] = Path(text := _text(metrics, key, place))
+            if not text.startswith("/"):
+                raise McrError(f"{key} is not an absolute path", "write it from / on", place.under(key).where)
+    faults.check()
     if not paths:
         return before
     for key in _TLS_KEYS[:2]:
@@ -258,41 +325,41 @@ def _metrics_tls(table: Mapping[str, object], place: Place, before: TlsFiles | N
     return TlsFiles(paths["tls_cert"], paths["tls_key"], paths.get("client_ca"))
 
 
-def _check_attachment(attachment: Attachment, place: Place) -> None:
+def _attachment_faults(attachment: Attachment, place: Place) -> Iterator[McrError]:
     interface = attachment.interface
     if attachment.ingress == "packet" and attachment.mode != "auto":
-        raise McrError(
+        yield McrError(
             f"{interface}: mode {attachment.mode} is for XDP, but packet ingress attaches no XDP program",
             "remove mode, or choose the ingress xsk",
             place.under("mode").where,
         )
     if attachment.ingress == "packet" and attachment.zero_copy == "on":
-        raise McrError(
+        yield McrError(
             f"{interface}: zero copy is for AF_XDP, but packet ingress uses no AF_XDP socket",
             "remove zero_copy, or choose the ingress xsk",
             place.under("zero_copy").where,
         )
     if attachment.mode == "generic" and attachment.zero_copy == "on":
-        raise McrError(
+        yield McrError(
             f"{interface}: generic mode always copies, so zero copy cannot be on",
             "remove zero_copy, or choose the mode native",
             place.under("zero_copy").where,
         )
 
 
-def _check_attachments(attachments: Sequence[Attachment]) -> None:
+def _attachments_faults(attachments: Sequence[Attachment]) -> Iterator[McrError]:
     seen: dict[str, Attachment] = {}
     for attachment in attachments:
         where = str(attachment.origin or "")
-        if attachment.interface in seen:
-            raise McrError(
-                f"{attachment.interface} is attached twice (first at {seen[attachment.interface].origin})",
+        first = seen.setdefault(attachment.interface, attachment)
+        if first is not attachment:
+            yield McrError(
+                f"{attachment.interface} is attached twice (first at {first.origin})",
                 "remove one of the two",
                 where,
             )
-        seen[attachment.interface] = attachment
-        if len(seen) > MCR_MAX_INTERFACES:
-            raise McrError(
+        elif len(seen) == MCR_MAX_INTERFACES + 1:
+            yield McrError(
                 f"there are more than {MCR_MAX_INTERFACES} attachments",
                 "share them out among several instances",
                 where,
@@ -301,33 +368,48 @@ def _check_attachments(attachments: Sequence[Attachment]) -> None:
 
 @contextmanager
 def _located(place: Place) -> Iterator[None]:
-    """Points an error that has no place, or a wider one, to place."""
+    """Points errors that have no place, or a wider one, to place."""
     try:
         yield
     except McrError as error:
-        raise McrError(error.cause, error.remedy, place.where, error.status) from None
+        where = place.where
+        raise replace(
+            error, where=where, others=tuple(replace(each, where=where) for each in error.others)
+        ) from None
 
 
-def _check_keys(table: Mapping[str, object], known: Sequence[str], place: Place, what: str) -> None:
+def _unknown_keys(
+    table: Mapping[str, object], known: Sequence[str], place: Place, what: str
+) -> Iterator[McrError]:
+    found = 0
     for key in table:
-        if key not in known:
-            near = get_close_matches(key[:64], known, n=1)
-            raise McrError(
-                f"unknown key {_shown(key)}",
-                f"did you mean {near[0]}?" if near else f"the keys of {what} are {', '.join(known)}",
-                place.under(key).where,
-            )
+        if key in known:
+            continue
+        found += 1
+        near = get_close_matches(key[:64], known, n=1) if found <= MAX_ERRORS else []
+        yield McrError(
+            f"unknown key {_shown(key)}",
+            f"did you mean {near[0]}?" if near else f"the keys of {what} are {', '.join(known)}",
+            place.under(key).where,
+        )
 
 
-def _tables(table: Mapping[str, object], key: str, place: Place) -> Iterator[tuple[dict[str, object], Place]]:
+def _tables(
+    table: Mapping[str, object], key: str, place: Place, faults: Faults
+) -> Iterator[tuple[dict[str, object], Place]]:
     items = table.get(key, [])
     place = place.under(key)
     if not isinstance(items, list):
-        raise McrError(f"{key} is {_kind(items)}, not an array of tables", f"write [[{key}]]", place.where)
+        items = []
+        faults.found.append(
+            McrError(f"{key} is {_kind(table[key])}, not an array of tables", f"write [[{key}]]", place.where)
+        )
     for index, item in enumerate(items):
-        if not isinstance(item, dict):
-            raise McrError(f"{key} holds {_kind(item)}", f"write [[{key}]]", place.under(index).where)
-        yield item, place.under(index)
+        if isinstance(item, dict):
+            yield item, place.under(index)
+        else:
+            where = place.under(index).where
+            faults.found.append(McrError(f"{key} holds {_kind(item)}", f"write [[{key}]]", where))
 
 
 def _text(table: Mapping[str, object], key: str, place: Place) -> str:
@@ -335,19 +417,6 @@ def _text(table: Mapping[str, object], key: str, place: Place) -> str:
     if not isinstance(value, str):
         raise McrError(f"{key} is {_kind(value)}, not a string", "put it in quotes", place.under(key).where)
     return value
-
-
-def _texts(table: Mapping[str, object], key: str, place: Place) -> list[str]:
-    values = _required(table, key, place)
-    place = place.under(key)
-    if not isinstance(values, list):
-        raise McrError(
-            f"{key} is {_kind(values)}, not an array of strings", f'write {key} = ["..."]', place.where
-        )
-    for index, value in enumerate(values):
-        if not isinstance(value, str):
-            raise McrError(f"{key} holds {_kind(value)}", "put it in quotes", place.under(index).where)
-    return values
 
 
 def _required(table: Mapping[str, object], key: str, place: Place) -> object:

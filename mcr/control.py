@@ -210,7 +210,18 @@ def _error_from(error: dict[str, Any]) -> McrError:
     code, message = int(error["code"]), str(error["message"])
     if code == REQUEST_FAILED:
         data = error["data"]
-        return McrError(message, str(data["remedy"]), str(data["where"]), ExitStatus(data["status"]))
+        others = [
+            McrError(str(each["cause"]), str(each["remedy"]), str(each["where"]))
+            for each in data.get("others", ())  # not of an older supervisor
+        ]
+        return McrError(
+            message,
+            str(data["remedy"]),
+            str(data["where"]),
+            ExitStatus(data["status"]),
+            tuple(others),
+            int(data.get("unshown", 0)),
+        )
     remedies = {
         BUSY: "wait a moment, then try again",
         METHOD_NOT_FOUND: "use the mcr of the same version as the supervisor",

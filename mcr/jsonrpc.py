@@ -96,7 +96,15 @@ def encode_error(identifier: int | str | None, code: int, message: str, data: ob
 
 def encode_mcr_error(identifier: int | str | None, error: McrError) -> bytes:
     """One line: an McrError as an answer, from which ControlClient makes the same McrError again."""
-    data = {"remedy": error.remedy, "where": error.where, "status": int(error.status)}
+    data = {
+        "remedy": error.remedy,
+        "where": error.where,
+        "status": int(error.status),
+        "others": [
+            {"cause": each.cause, "remedy": each.remedy, "where": each.where} for each in error.others
+        ],
+        "unshown": error.unshown,
+    }
     return encode_error(identifier, REQUEST_FAILED, error.cause, data)
 
 

@@ -12,7 +12,7 @@ from graphlib import CycleError, TopologicalSorter
 from ipaddress import IPv4Address, IPv6Address
 from typing import Literal, TypeAlias
 
-from mcr.errors import McrError
+from mcr.errors import MAX_ERRORS, Faults, McrError, raise_all
 from mcr.stream import Address, Output, Stream
 
 # enum mcr_limit of bpf/relay_abi.h, which is compared with this by a test.
@@ -231,8 +231,12 @@ def _check_worker_path(rule: Rule) -> None:
 def check_rule(rule: Rule) -> None:
     """Raises McrError unless the rule, taken alone, makes sense."""
     check_rule_name(rule.name, _where(rule))
+    raise_all(_faults_alone(rule))
+
+
+def _faults_alone(rule: Rule) -> Iterator[McrError]:
     if not 1 <= len(rule.outputs) <= MCR_MAX_OUTPUTS_PER_RULE:
-        raise McrError(
+        yield McrError(
             f"rule {rule.name!r} has {len(rule.outputs)} outputs",
             f"give it 1 to {MCR_MAX_OUTPUTS_PER_RULE} outputs",
             _where(rule),
@@ -241,16 +245,16 @@ def check_rule(rule: Rule) -> None:
     for output in rule.outputs:
         key = (output.address, _sent_port(rule, output), output.interface, output.source, output.vlan)
         if key in seen:
-            raise McrError(
+            yield McrError(
                 f"rule {rule.name!r} has the output {output} twice"
                 + (f" (first as {seen[key]})" if seen[key] != output else ""),
                 "remove one of the two",
                 _where(rule),
             )
-        seen[key] = output
+        seen.setdefault(key, output)
         family = rule.stream.address.version
         if output.source == "preserve" and output.address.version != family:
-            raise McrError(
+            yield McrError(
                 f"rule {rule.name!r}: output {output} cannot preserve an IPv{family} source",
                 "use source=interface, or source= with an address of the output's family",
                 _where(rule),
@@ -272,34 +276,46 @@ def check_rules(rules: Sequence[Rule]) -> None:
     """Raises McrError unless the rules make sense together.
 
     Refused: whatever `check_rule` refuses, more rules or outputs than relay_abi.h has room for, two rules of
-    one name or for one input, an output that is its own rule's input, and a loop among the rules. The error
+    one name or for one input, an output that is its own rule's input, and a loop among the rules. An error
     points to the rule at fault that comes last. Takes time in proportion to the number of rules and outputs.
     """
-    _check_limits(rules)
+    raise_all(rule_faults(rules))
+
+
+def rule_faults(rules: Sequence[Rule]) -> Iterator[McrError]:
+    """What `check_rules` refuses, each by itself."""
+    yield from _limit_faults(rules)
     names: dict[str, Rule] = {}
     inputs: dict[Stream, Rule] = {}
+    on_their_own: list[Rule] = []
     for rule in rules:
-        check_rule(rule)
-        if rule.name in names:
-            raise McrError(
-                f"there are two rules named {rule.name!r}{_first_at(names[rule.name])}",
+        faults = Faults()
+        with faults:
+            check_rule(rule)
+        yield from faults.found
+        named, fed = names.setdefault(rule.name, rule), inputs.setdefault(rule.stream, rule)
+        if named is not rule:
+            yield McrError(
+                f"there are two rules named {rule.name!r}{_first_at(named)}",
                 "rename or remove one of them",
                 _where(rule),
             )
-        if rule.stream in inputs:
-            raise McrError(
-                f"rules {inputs[rule.stream].name!r} and {rule.name!r} have the same input {rule.stream}",
+        if fed is not rule and fed is not named:
+            yield McrError(
+                f"rules {fed.name!r} and {rule.name!r} have the same input {rule.stream}",
                 "make them one rule with the outputs of both",
                 _where(rule),
             )
-        names[rule.name] = inputs[rule.stream] = rule
-        _check_own_input(rule)
-    _check_loops(rules)
+        own = [*_own_input_faults(rule)]
+        yield from own
+        if not own:
+            on_their_own.append(rule)
+    yield from _loop_faults(on_their_own)
 
 
-def _check_limits(rules: Sequence[Rule]) -> None:
+def _limit_faults(rules: Sequence[Rule]) -> Iterator[McrError]:
     if len(rules) > MCR_MAX_RULES - 1:
-        raise McrError(
+        yield McrError(
             f"there are {len(rules)} rules, more than {MCR_MAX_RULES - 1}",
             "share them out among several instances",
             _where(rules[MCR_MAX_RULES - 1]),
@@ -308,19 +324,20 @@ def _check_limits(rules: Sequence[Rule]) -> None:
     for rule in rules:
         total += len(rule.outputs)
         if total > MCR_MAX_OUTPUTS - 1:
-            raise McrError(
+            yield McrError(
                 f"the rules have more than {MCR_MAX_OUTPUTS - 1} outputs",
                 "share them out among several instances",
                 _where(rule),
             )
+            return
 
 
-def _check_own_input(rule: Rule) -> None:
+def _own_input_faults(rule: Rule) -> Iterator[McrError]:
     if _at(rule).isdisjoint(_leads_to(rule)):
         return
     for output in rule.outputs:
         if not _at(rule).isdisjoint(_output_places(rule, output)):
-            raise McrError(
+            yield McrError(
                 f"rule {rule.name!r} sends to its own input: output {output} returns as {rule.stream}",
                 "send it to another group, port or interface",
                 _where(rule),
@@ -385,8 +402,21 @@ def _sent_source(rule: Rule, output: Output) -> int | None:
     return int(output.source)
 
 
-def _check_loops(rules: Sequence[Rule]) -> None:
-    """Most outputs lead to no input, and are left out of the graph."""
+def _loop_faults(rules: Sequence[Rule]) -> Iterator[McrError]:
+    """Each loop once: without its last rule, the next one is looked for."""
+    remaining = list(rules)
+    for _ in range(MAX_ERRORS):
+        if not (cycle := _loop(remaining)):
+            return
+        yield _loop_error(remaining, cycle)
+        del remaining[max(cycle)]
+
+
+def _loop(rules: Sequence[Rule]) -> list[int]:
+    """The indices of the rules of a loop, each once, in the order that a packet takes; empty without a loop.
+
+    Most outputs lead to no input, and are left out of the graph.
+    """
     inputs: set[_Place] = set().union(*map(_at, rules))
     graph: TopologicalSorter[int | _Place] = TopologicalSorter()
     reached: set[_Place] = set()
@@ -400,11 +430,12 @@ def _check_loops(rules: Sequence[Rule]) -> None:
         graph.prepare()
     except CycleError as error:
         nodes: list[int | _Place] = error.args[1][1:]
-        raise _loop_error(rules, [node for node in nodes if isinstance(node, int)]) from None
+        return [node for node in nodes if isinstance(node, int)]
+    return []
 
 
 def _loop_error(rules: Sequence[Rule], cycle: Sequence[int]) -> McrError:
-    """cycle: the indices of the rules of a loop, each once, in the order that a packet takes."""
+    """cycle: as `_loop` gives it."""
     start = cycle.index(min(cycle))
     names = [repr(rules[index].name) for index in (*cycle[start:], *cycle[: start + 1])]
     return McrError(

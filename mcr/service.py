@@ -245,5 +245,8 @@ async def _reload_logged(supervisor: Supervisor) -> None:
         await supervisor.reload()
         log.info("reloaded")
     except McrError as error:
-        log.error("reload changed nothing: %s (%s)", error, error.remedy)
+        for each in error.each():
+            log.error("reload changed nothing: %s (%s)", each, each.remedy)
+        if error.unshown:
+            log.error("reload changed nothing: %d more errors: mcr check FILE", error.unshown)
     notify("READY=1", _status_line(supervisor))

@@ -21,11 +21,11 @@ from mcr.accounting import settle_worker
 from mcr.attached import AttachedInterface
 from mcr.config import Attachment, Config, load_config
 from mcr.desired import Desired, IdPool, Ids, Realiser, RuleState
-from mcr.errors import McrError
+from mcr.errors import Faults, McrError
 from mcr.maps import MAX_INTERFACES, MAX_QUEUES, MAX_WORKERS, Maps, lookups_needed
 from mcr.membership import MembershipWorker
 from mcr.netlink import LinkMonitor
-from mcr.rule import InterfaceFacts, Rule, check_rules
+from mcr.rule import InterfaceFacts, Rule, rule_faults
 from mcr.rule_maps import RuleMaps
 from mcr.state import load_rules, save_rules, set_aside
 from mcr.tap import Tap
@@ -286,22 +286,12 @@ class Supervisor:
     # --- desired to actual
 
     def _check(self, state: DesiredState) -> None:
-        for name in state.file_rules.keys() & state.runtime_rules.keys():
-            raise McrError(
-                f"there is a rule {name!r} from a command already",
-                f"first: mcr rule del {name}",
-                str(state.file_rules[name].origin or ""),
-            )
-        check_rules(list(state.rules.values()))
-        if len(state.attachments) > MAX_INTERFACES:
-            raise McrError(f"more than {MAX_INTERFACES} interfaces", "share them out among several instances")
-        if sum(attachment.workers for attachment in state.attachments.values()) > MAX_WORKERS:
-            raise McrError(
-                f"more than {MAX_WORKERS} workers", "choose fewer, or share them out among several instances"
-            )
-        facts = self.facts
+        faults, facts = Faults(), self.facts
+        faults.found += _faults_together(state)
         for rule in state.rules.values():
-            self._realiser.plan(rule, facts)
+            with faults:
+                self._realiser.plan(rule, facts)
+        faults.check()
 
     async def _change(self, edit: Callable[[DesiredState], None]) -> None:
         """All of what edit makes of the state, or the old state again if something in that cannot be done."""
@@ -413,6 +403,23 @@ def _take_config(state: DesiredState, config: Config) -> None:
 
 def _same(old: Rule | None, new: Rule) -> Rule:
     return old if old is not None and old == new and old.origin == new.origin else new
+
+
+def _faults_together(state: DesiredState) -> Iterator[McrError]:
+    """What of it cannot be in one instance."""
+    for name in sorted(state.file_rules.keys() & state.runtime_rules.keys()):
+        yield McrError(
+            f"there is a rule {name!r} from a command already",
+            f"first: mcr rule del {name}",
+            str(state.file_rules[name].origin or ""),
+        )
+    yield from rule_faults(list(state.rules.values()))
+    if len(state.attachments) > MAX_INTERFACES:
+        yield McrError(f"more than {MAX_INTERFACES} interfaces", "share them out among several instances")
+    if sum(attachment.workers for attachment in state.attachments.values()) > MAX_WORKERS:
+        yield McrError(
+            f"more than {MAX_WORKERS} workers", "choose fewer, or share them out among several instances"
+        )
 
 
 def _lasting(state: DesiredState) -> dict[str, Rule]:

@@ -80,7 +80,8 @@ def errors_logged(as_json: bool) -> Iterator[None]:
     except McrError as error:
         if not as_json:
             raise
-        logging.getLogger("mcr").error("%s", error, extra={"remedy": error.remedy})
+        for each in error.each():
+            logging.getLogger("mcr").error("%s", each, extra={"remedy": each.remedy})
         sys.exit(error.status)
 
 

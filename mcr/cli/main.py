@@ -47,8 +47,13 @@ def cli(ctx: click.Context, instance: str, verbose: bool) -> None:
 
 
 def report(error: McrError) -> None:
-    """Two lines on standard error: the cause, and the remedy."""
-    print(f"mcr: {error}\n  remedy: {error.remedy}", file=sys.stderr)
+    """Two lines on standard error for each: the cause, and the remedy. Then the number, if there are more."""
+    for each in error.each():
+        print(f"mcr: {each}\n  remedy: {each.remedy}", file=sys.stderr)
+    if error.others:
+        shown = 1 + len(error.others)
+        unshown = f", the first {shown} are above" if error.unshown else ""
+        print(f"mcr: {shown + error.unshown} errors{unshown}", file=sys.stderr)
 
 
 def main() -> None:

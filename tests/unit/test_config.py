@@ -20,7 +20,7 @@ from mcr.config import (
     parse_listen,
     parse_rule,
 )
-from mcr.errors import McrError
+from mcr.errors import MAX_ERRORS, McrError
 from mcr.rule import MCR_MAX_INTERFACES, Origin, Rule
 from mcr.stream import parse_output, parse_stream
 
@@ -228,11 +228,121 @@ def test_a_bad_file_is_told_its_line_cause_and_remedy(
     tmp_path: Path, text: str, line: int, cause: str, remedy: str
 ) -> None:
     path = write(tmp_path, text)
-    error = refused(path)
+    errors = refused(path).each()
+    (error,) = [each for each in errors if cause.replace("{file}", str(path)) in each.cause]
     assert error.where == f"{path}:{line}"
-    assert cause.replace("{file}", str(path)) in error.cause
     assert remedy in error.remedy
     assert (error.cause + error.remedy).isprintable()
+
+
+EVERYTHING_WRONG = """\
+[metrics]
+listen = "nonsense"
+tls_cert = "a.pem"
+tls_key = 1
+[control]
+read = "none"
+colour = 1
+[[attach]]
+interface = "eth0"
+mode = "driver"
+workers = 1000
+[[attach]]
+interface = "eth1"
+ingress = "packet"
+mode = "native"
+zero_copy = "on"
+[[attach]]
+interface = "eth2"
+[[attach]]
+interface = "eth2"
+[[rule]]
+name = "a b"
+from = "239.1.1.1:5000"
+to = ["239.2.2.2%eth9:6000", "10.0.0.1:99999", 7]
+path = "fast"
+[[rule]]
+name = "twice"
+from = "239.1.1.2%eth0:5"
+to = ["10.0.0.1:5", "10.0.0.1:5", "10.0.0.1:5"]
+[[rule]]
+name = "l1"
+from = "239.1.1.3%eth0:1"
+to = ["239.1.1.4%eth0:1"]
+[[rule]]
+name = "l2"
+from = "239.1.1.4%eth0:1"
+to = ["239.1.1.3%eth0:1"]
+[[rule]]
+name = "own"
+from = "239.1.1.5%eth0:1"
+to = ["239.1.1.5%eth0:1"]
+[[rule]]
+name = "l2"
+from = "239.1.1.6%eth0:1"
+to = ["239.1.1.4%eth0:1"]
+[[rule]]
+name = "input"
+from = "239.1.1.6%eth0:1"
+to = ["239.3.1.4%eth0:1,vlan=7"]
+path = "worker"
+[[ruel]]
+"""
+
+
+def test_everything_that_is_wrong_is_said_in_the_order_of_the_files(tmp_path: Path) -> None:
+    first = write(tmp_path, EVERYTHING_WRONG, "first.toml")
+    second, missing = write(tmp_path, "a = [\n", "second.toml"), tmp_path / "missing.toml"
+    error = refused(first, second, missing)
+    found = [(each.where.removeprefix(f"{tmp_path}/"), each.cause) for each in error.each()]
+    assert all(each.remedy and not each.others for each in error.each())
+    expected = [
+        ("", "cannot read "),
+        ("first.toml:2", "'nonsense' is not an address and a port"),
+        ("first.toml:3", "tls_cert is not an absolute path"),
+        ("first.toml:4", "tls_key is an integer, not a string"),
+        ("first.toml:6", "read is 'none'"),
+        ("first.toml:7", "unknown key 'colour'"),
+        ("first.toml:10", "mode is 'driver'"),
+        ("first.toml:11", "workers is 1000"),
+        ("first.toml:15", "eth1: mode native is for XDP"),
+        ("first.toml:16", "eth1: zero copy is for AF_XDP"),
+        ("first.toml:19", f"eth2 is attached twice (first at {first}:17)"),
+        ("first.toml:22", "'a b' cannot be the name of a rule"),
+        ("first.toml:23", "stream '239.1.1.1:5000': it names no interface"),
+        ("first.toml:24", "output '10.0.0.1:99999': port 99999 is not within 1..65535"),
+        ("first.toml:24", "to holds an integer"),
+        ("first.toml:25", "path is 'fast'"),
+        ("first.toml:29", "rule 'twice' has the output 10.0.0.1:5 twice"),
+        ("first.toml:29", "rule 'twice' has the output 10.0.0.1:5 twice"),
+        ("first.toml:34", "rules form a loop: 'l1' -> 'l2' -> 'l1'"),
+        ("first.toml:38", "rule 'own' sends to its own input"),
+        ("first.toml:42", f"there are two rules named 'l2' (the first is at {first}:34)"),
+        ("first.toml:46", "rules 'l2' and 'input' have the same input 239.1.1.6%eth0:1"),
+        ("first.toml:46", "rule 'input' takes the worker path, which cannot tag output"),
+        ("first.toml:51", "unknown key 'ruel'"),
+        ("second.toml:1", "TOML syntax: "),
+    ]
+    assert [where for where, _ in found] == [where for where, _ in expected]
+    for (_, cause), (_, begin) in zip(found, expected, strict=True):
+        assert cause.startswith(begin)
+    assert str(error) == f"cannot read {missing}: No such file or directory, and 24 more errors"
+
+
+@pytest.mark.parametrize("count", [MAX_ERRORS, MAX_ERRORS + 1, 5000])
+def test_of_very_many_errors_the_first_are_said_and_the_others_counted(tmp_path: Path, count: int) -> None:
+    path = write(tmp_path, "".join(f"k{number} = 1\n" for number in range(count)))
+    error = refused(path)
+    said = [(each.where, each.cause) for each in error.each()]
+    assert said == [(f"{path}:{number + 1}", f"unknown key 'k{number}'") for number in range(MAX_ERRORS)]
+    assert error.unshown == count - MAX_ERRORS
+    assert str(error).endswith(f", and {count - 1} more errors")
+
+
+def test_a_file_with_one_error_says_no_more_than_that(tmp_path: Path) -> None:
+    path = write(tmp_path, ATTACH + "workers = 0")
+    error = refused(path)
+    assert (str(error), error.others, error.unshown) == (f"{path}:3: workers is 0", (), 0)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +419,7 @@ from = "239.1.1.3%eth0:5" # HERE
     lines = [number for number, line in enumerate(text.split("\n"), 1) if "HERE" in line]
     assert str(refused(path)) == f"{path}:{lines[0]}: to is missing"
     path = write(tmp_path, text.replace("239.1.1.3", "239.1.1.300"))
-    assert refused(path).where == f"{path}:{lines[1]}"
+    assert [each.where for each in refused(path).each()] == [f"{path}:{line}" for line in lines]
     origins = load_config([write(tmp_path, text + 'to = ["10.0.0.1:5"]')]).rules
     assert [rule.origin for rule in origins] == [Origin(str(path), n) for n in (9, 13, 20)]
 
@@ -377,7 +487,7 @@ def test_more_attachments_than_workers_are_refused(tmp_path: Path) -> None:
 def test_one_bad_rule_among_good_ones_yields_nothing(tmp_path: Path) -> None:
     good = write(tmp_path, EXAMPLE, "good.toml")
     bad = write(tmp_path, EXAMPLE.replace("studio", "x").replace("239.1.1.2%eth9", "eth9"), "bad.toml")
-    assert refused(good, bad).where == f"{bad}:23"
+    assert f"{bad}:23" in [each.where for each in refused(good, bad).each()]
 
 
 def test_a_request_is_held_to_what_a_file_is_held_to() -> None:
