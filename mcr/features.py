@@ -27,7 +27,7 @@ from typing import Any, Literal, TypeAlias
 from mcr import firewall, loader, procfs
 from mcr._bpf import ffi, lib
 from mcr.errors import ExitStatus, McrError
-from mcr.limits import VARIABLE, scaled, time_scale
+from mcr.limits import VARIABLE, scaled, slow_machine, time_scale
 from mcr.loader import BPFFS, OLDEST_KERNEL
 from mcr.privileges import ALWAYS, AS_ROOT, LOCK
 from mcr.reasons import JOIN_LIMITS
@@ -210,11 +210,16 @@ def _programs() -> Iterator[Check]:
 def _attaches() -> Iterator[Check]:
     """Asks a child that makes a network namespace and a veth pair of its own for both modes."""
     argv = [sys.executable, "-m", "mcr.features"]
+    limit_s = scaled(SCRATCH_TIMEOUT_S)
     try:
         child = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=scaled(SCRATCH_TIMEOUT_S)
+            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=limit_s
         )
         tried: dict[str, int] = json.loads(child.stdout)
+    except subprocess.TimeoutExpired:
+        evidence = f"trying it in a scratch namespace took more than {limit_s:g} s"
+        yield Check("XDP attaches", "can't tell", evidence, slow_machine("look at the machine's load"))
+        return
     except (OSError, ValueError, subprocess.SubprocessError):
         evidence = "no scratch namespace could be made"
         yield Check("XDP attaches", "can't tell", evidence, "run mcr doctor as root")

@@ -37,6 +37,6 @@ def scaled(seconds: float) -> float:
     return seconds * time_scale()
 
 
-def slow_machine(remedy: str) -> str:
-    """A remedy for what a limit has ended: as given, or a longer limit."""
-    return f"{remedy}; on a slow machine set {VARIABLE}={min(2 * time_scale(), MAX_SCALE):g}"
+def slow_machine(text: str) -> str:
+    """A text about what a limit has ended, with what lengthens it."""
+    return f"{text}; on a slow machine set {VARIABLE}={min(2 * time_scale(), MAX_SCALE):g}"

@@ -19,7 +19,7 @@ from mcr import __version__
 from mcr._bpf import ffi, lib
 from mcr.desired import OutputSpec, RuleSpec, WorkerSetup, output_flags
 from mcr.errors import McrError
-from mcr.limits import scaled
+from mcr.limits import scaled, slow_machine
 from mcr.line_log import LineLog
 from mcr.maps import MAX_QUEUES, address_bytes
 
@@ -160,7 +160,7 @@ class WorkerProcess:
             async with asyncio.timeout(limit_s):
                 hello = await self._hello
         except TimeoutError as error:
-            raise WorkerGoneError(f"no hello for {limit_s:g} s") from error
+            raise WorkerGoneError(slow_machine(f"no hello for {limit_s:g} s")) from error
         if not hello:
             raise WorkerGoneError("it ended before it said hello")
         if hello != HELLO:
@@ -243,7 +243,7 @@ class WorkerProcess:
                 await self._send(bytes(ffi.buffer(command)), fds)
                 return await answer
         except TimeoutError as error:
-            raise WorkerGoneError(f"no answer for {timeout_s:g} s") from error
+            raise WorkerGoneError(slow_machine(f"no answer for {timeout_s:g} s")) from error
         except OSError as error:
             raise WorkerGoneError(f"its command socket broke: {error.strerror}") from error
         except asyncio.CancelledError:
