@@ -13,12 +13,16 @@
 #include <unistd.h>
 #include "bpf_calls.h"
 
+/* Of the kernel's include/linux/bpf_verifier.h, which it does not export. */
+enum { BPF_LOG_LEVEL1 = 1, BPF_LOG_STATS = 4 };
+
 int mcr_load_program(int kind, const char *name, const void *instructions, size_t count, char *log,
 		     size_t log_size)
 {
 	enum bpf_prog_type type = kind == MCR_PROGRAM_RAW_TRACEPOINT ? BPF_PROG_TYPE_RAW_TRACEPOINT
 								     : BPF_PROG_TYPE_XDP;
-	LIBBPF_OPTS(bpf_prog_load_opts, options);
+	LIBBPF_OPTS(bpf_prog_load_opts, options, .log_level = BPF_LOG_STATS, .log_buf = log,
+		    .log_size = log_size);
 	int fd;
 
 	if (type == BPF_PROG_TYPE_XDP)
@@ -28,10 +32,8 @@ int mcr_load_program(int kind, const char *name, const void *instructions, size_
 	fd = bpf_prog_load(type, name, "Dual MIT/GPL", instructions, count, &options);
 	if (fd >= 0)
 		return fd;
-	/* Once more for the verifier's words: a log costs time, and most loads succeed. */
-	options.log_level = 1;
-	options.log_buf = log;
-	options.log_size = log_size;
+	/* Once more for the verifier's words: they cost time, and most loads succeed. */
+	options.log_level = BPF_LOG_LEVEL1;
 	return bpf_prog_load(type, name, "Dual MIT/GPL", instructions, count, &options);
 }
 

@@ -13,7 +13,10 @@ enum mcr_program_kind {
 	MCR_PROGRAM_RAW_TRACEPOINT = 3,
 };
 
-/* Loads a program; XDP programs accept frames of several buffers. log gets the verifier's words if it fails. */
+/*
+ * Loads a program; XDP programs accept frames of several buffers. log gets the verifier's statistics, or its words
+ * if it refuses.
+ */
 int mcr_load_program(int kind, const char *name, const void *instructions, size_t count, char *log,
 		     size_t log_size);
 

@@ -161,18 +161,25 @@ def _verifier_words(log: str) -> str:
     return f": {wanted[-1]}" if wanted else ""
 
 
+def _verifier_work(log: str) -> str:
+    """The line of a verifier log that says how much it had to do: `processed N insns (limit 1000000) …`."""
+    return next((line for line in log.splitlines() if line.startswith("processed ")), "no statistics")
+
+
 def _load(name: str, kind: int, instructions: bytes) -> int:
+    """Loads one program, and prints what the verifier had to do for it."""
     code, count = ffi.from_buffer(instructions), len(instructions) // 8
     for size in VERIFIER_LOG_BYTES:
         log = ffi.new("char[]", size)
         fd = int(lib.mcr_load_program(kind, name.encode(), code, count, log, len(log)))
+        text = ffi.string(log).decode(errors="replace")
         if fd >= 0:
+            print(f"{name}: {_verifier_work(text)}")
             return fd
         if fd != -errno.ENOSPC:  # of a log that found no room; else it is the verifier's own
             break
-    if fd in (-errno.EPERM, -errno.EACCES) and not ffi.string(log):
+    if fd in (-errno.EPERM, -errno.EACCES) and not text:
         raise _not_permitted_to_load()
-    text = ffi.string(log).decode(errors="replace")
     sys.stderr.write(text)
     raise McrError(f"the kernel refused {name}: {os.strerror(-fd)}{_verifier_words(text)}", _remedy(-fd))
 

@@ -21,7 +21,7 @@ from mcr._bpf import ffi, lib
 import mcr
 from mcr import loader
 from mcr.errors import ExitStatus, McrError
-from mcr.loader import MAP_NAMES, PROGRAM_NAME, PROGRAMS, pin_dir
+from mcr.loader import MAP_NAMES, PROGRAM_NAME, PROGRAMS, TRACED_PROGRAMS, pin_dir
 from mcr.maps import Maps, rule_key
 from mcr.netlink import xdp_program
 from mcr.stream import parse_stream
@@ -160,6 +160,15 @@ def test_a_verifier_error_comes_back_with_the_verifiers_words(instance: str, spo
     assert re.fullmatch(words, caught.value.cause)
     assert caught.value.status is ExitStatus.FAILED
     assert pin_directories(instance) == []
+
+
+def test_compiling_by_hand_prints_what_the_verifier_had_to_do_for_each_program(instance: str) -> None:
+    loader.ensure_bpffs()
+    pin_dir(instance).mkdir(parents=True)
+    for options, programs in ([], [*PROGRAMS]), (["--traced"], [name for name, *_ in TRACED_PROGRAMS]):
+        command = [sys.executable, "-m", "mcr.loader", str(pin_dir(instance)), *options]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert re.findall(r"^(\w+): processed [1-9]\d* insns ", done.stdout, re.MULTILINE) == programs
 
 
 def test_a_load_that_fails_leaves_the_pins_of_before(instance: str, spoil: SpoilSource) -> None:
