@@ -13,7 +13,7 @@ C_FILES := $(filter-out $(wildcard mcr/_*.c mcr/*/_*.c), \
 	$(wildcard bench/*.[ch] bpf/*.[ch] mcr/*.[ch] mcr/*/*.[ch] tests/c/*.[ch]))
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test soak bench bench-check lint format install uninstall install-service uninstall-service clean distclean
+.PHONY: help build demo test test-compilers soak bench bench-check lint format install uninstall install-service uninstall-service clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ demo: build ## relay one stream through three network namespaces and show it (ro
 
 test: build ## run the tests, under 10 minutes (root)
 	@scripts/as-root $(PYTHON) -m pytest -n 2 --dist loadfile tests
+
+test-compilers: build ## build, load and test in Debian 12 and 13, by their own compilers (root)
+	@scripts/set-up roots
+	@scripts/as-root $(PYTHON) -m tests.compilers $(COMPILERS_OPTIONS)
 
 soak: build ## run the long tests with the full figures (root)
 	@scripts/set-up soak
