@@ -65,7 +65,8 @@ install-service: ## install the systemd unit and what belongs to it (root; PREFI
 uninstall-service: ## remove what `make install-service` made, but the configuration (root)
 	@$(if $(DESTDIR),,scripts/as-root) scripts/install-service uninstall "$(PREFIX)" "$(DESTDIR)"
 
-clean: ## remove what was compiled, and caches
+clean: ## remove what was compiled, caches, and roots of other Debians (root, if there are any)
+	@[ ! -e build/roots ] || scripts/as-root rm -rf --one-file-system build/roots
 	rm -rf build dist mcr.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 	find mcr \( -name '*.so' -o -name '*.o' -o -name '_*.c' \) -delete
