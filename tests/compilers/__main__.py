@@ -9,6 +9,7 @@ mounted or pinned.
 import json
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -168,6 +169,7 @@ def main(suites: tuple[str, ...], record: bool) -> None:
 
 def _reported() -> int:
     """Runs the command; an error is one line of cause and one of remedy."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without ending the step
     try:
         main()
     except McrError as error:
