@@ -326,6 +326,7 @@ void frames_count(struct worker *worker, uint32_t in_receive_rings);
 int tables_open(struct tables *tables, uint32_t share, uint32_t shares);
 bool tables_have(const struct tables *tables, uint32_t output_id);
 void tables_apply(struct tables *tables, const struct mcr_command *command);
+uint32_t hash_words(const void *key, size_t size); /* a multiple of 4 bytes */
 void rules_index(struct worker *worker, uint32_t added);
 uint32_t rules_find(const struct worker *worker, const struct mcr_packet *packet);
 void rules_count_relayed(struct worker *worker, uint32_t rule_id, uint32_t packets, uint64_t bytes);

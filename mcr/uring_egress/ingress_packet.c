@@ -17,6 +17,14 @@
 enum { GSO_UDP_L4 = 5 }; /* VIRTIO_NET_HDR_GSO_UDP_L4, in linux/virtio_net.h since kernel 6.2 */
 enum { BUFFER_GROUP = 0, CONTROL_SIZE = CMSG_SPACE(sizeof(struct tpacket_auxdata)) };
 
+enum { FRAGMENT_SLOTS = 1024 }; /* a power of two */
+
+/* A fragmented datagram that a rule wanted, and the port that only its first fragment names. */
+struct fragmented {
+	struct mcr_fragment_key key;
+	uint16_t dport; /* 0: none */
+};
+
 struct packet_state {
 	int socket;
 	bool armed;
@@ -25,6 +33,8 @@ struct packet_state {
 	struct packet *arrived; /* a ring as large as the pool: it cannot overflow */
 	uint32_t head;
 	uint32_t tail;
+	struct fragmented
+		fragmented[FRAGMENT_SLOTS]; /* by hash of the key; a newer one takes the place of an older */
 };
 
 static int register_buffers(struct worker *worker)
@@ -135,6 +145,53 @@ static uint16_t segment_of(const struct virtio_net_hdr *header, const struct mcr
 	return header->gso_size;
 }
 
+static struct fragmented *find_fragmented(struct worker *worker, const struct mcr_packet *parsed,
+					  struct mcr_fragment_key *key)
+{
+	*key = (struct mcr_fragment_key){
+		.ifindex = parsed->key.ifindex,
+		.vlan = parsed->key.vlan,
+		.vlan_outer = parsed->key.vlan_outer,
+		.identification = parsed->identification,
+	};
+	memcpy(key->saddr, parsed->key.saddr, sizeof(key->saddr));
+	memcpy(key->daddr, parsed->key.daddr, sizeof(key->daddr));
+	return &worker->packet->fragmented[hash_words(key, sizeof(*key)) & (FRAGMENT_SLOTS - 1)];
+}
+
+/* A first fragment is remembered if a rule wants its datagram; a later one gets its port from it, if it is. */
+static void follow_fragments(struct worker *worker, struct mcr_packet *parsed, bool later, bool wanted)
+{
+	struct mcr_fragment_key key;
+	struct fragmented *slot = find_fragmented(worker, parsed, &key);
+	bool same = slot->dport && memcmp(&slot->key, &key, sizeof(key)) == 0;
+
+	if (later)
+		parsed->key.dport = same ? slot->dport : 0;
+	else if (wanted)
+		*slot = (struct fragmented){.key = key, .dport = parsed->key.dport};
+	else if (same)
+		slot->dport = 0;
+}
+
+/* The rule that wants the packet, as relay_kern.c finds it; 0 if there is none. */
+static uint32_t find_rule(struct worker *worker, enum mcr_parsed kind, struct mcr_packet *parsed)
+{
+	uint32_t rule_id;
+
+	if (kind == MCR_PARSED_OTHER)
+		return 0;
+	parsed->key.ifindex = worker->setup.ifindex;
+	if (kind == MCR_PARSED_LATER_FRAGMENT) {
+		follow_fragments(worker, parsed, true, false);
+		return parsed->key.dport ? rules_find(worker, parsed) : 0;
+	}
+	rule_id = rules_find(worker, parsed);
+	if (parsed->drop_reason == MCR_DROP_FRAGMENT)
+		follow_fragments(worker, parsed, false, rule_id);
+	return rule_id;
+}
+
 /*
  * Decides about one received packet as relay_kern.c does. Returns its rule_id when it is to be relayed,
  * 0 when not, having counted the reason if a rule wanted it, for each of its datagrams.
@@ -146,10 +203,7 @@ static uint32_t admit(struct worker *worker, uint8_t *data, uint32_t captured, u
 	struct mcr_rule_counters *counters;
 	uint32_t rule_id, datagrams;
 
-	if (mcr_parse(data, data + captured, length, tag, parsed) != MCR_PARSED_UDP)
-		return 0;
-	parsed->key.ifindex = worker->setup.ifindex;
-	rule_id = rules_find(worker, parsed);
+	rule_id = find_rule(worker, mcr_parse(data, data + captured, length, tag, parsed), parsed);
 	if (!rule_id)
 		return 0;
 	*segment = segment_of(header, parsed);

@@ -104,13 +104,13 @@ void rules_count_relayed(struct worker *worker, uint32_t rule_id, uint32_t packe
 		counter_add(&worker->output_counters[rule->output_ids[i]].relayed_packets, packets);
 }
 
-static uint32_t hash_key(const struct mcr_rule_key *key)
+uint32_t hash_words(const void *key, size_t size)
 {
-	uint32_t words[sizeof(*key) / sizeof(uint32_t)], hash = 0;
+	uint32_t word, hash = 0;
 
-	memcpy(words, key, sizeof(words));
-	for (size_t i = 0; i < sizeof(words) / sizeof(words[0]); i++) {
-		hash = (hash ^ words[i]) * 0x9e3779b1U;
+	for (size_t at = 0; at < size; at += sizeof(word)) {
+		memcpy(&word, (const char *)key + at, sizeof(word));
+		hash = (hash ^ word) * 0x9e3779b1U;
 		hash ^= hash >> 15;
 	}
 	return hash;
@@ -119,7 +119,7 @@ static uint32_t hash_key(const struct mcr_rule_key *key)
 /* The slot of the key, or the empty slot where it would go. */
 static uint32_t find_slot(const struct worker *worker, const struct mcr_rule_key *key)
 {
-	uint32_t slot = hash_key(key) & (RULE_SLOTS - 1);
+	uint32_t slot = hash_words(key, sizeof(*key)) & (RULE_SLOTS - 1);
 
 	while (worker->rule_table[slot] &&
 	       memcmp(&worker->tables.rules[worker->rule_table[slot]].key, key, sizeof(*key)) != 0)
