@@ -13,7 +13,7 @@ C_FILES := $(filter-out $(wildcard mcr/_*.c mcr/*/_*.c), \
 	$(wildcard bench/*.[ch] bpf/*.[ch] mcr/*.[ch] mcr/*/*.[ch] tests/c/*.[ch]))
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-compilers soak bench bench-check lint format install uninstall install-service uninstall-service clean distclean
+.PHONY: help build demo test test-compilers test-vm vm-table soak bench bench-check lint format install uninstall install-service uninstall-service clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,13 @@ test-compilers: build ## build, load and test in Debian 12 and 13, by their own 
 soak: build ## run the long tests with the full figures (root)
 	@scripts/set-up soak
 	@scripts/as-root $(PYTHON) -m pytest -m soak --timeout 900 tests
+
+test-vm: build ## run it on the kernels of Debian 12 and 13, in QEMU; VM=bookworm or trixie for one (root)
+	@scripts/set-up vm
+	@scripts/as-root $(PYTHON) -m tests.vm $(VM)
+
+vm-table: build ## put the tables of the last `make test-vm` into docs/KERNEL-SUPPORT.md
+	@$(PYTHON) -m tests.vm table
 
 bench: ## measure against smcroute and socat: build/bench/results.md (root)
 	@scripts/set-up bench

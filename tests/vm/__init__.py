@@ -1,0 +1,1 @@
+"""MCR on the kernels and NIC drivers that Debian's users have, in virtual machines: `make test-vm`."""
