@@ -14,12 +14,13 @@
 /* Bumped whenever a struct, a limit or the meaning of a field changes: pinned state of another
  * version is refused, never guessed at. */
 enum mcr_version {
-	MCR_ABI_VERSION = 5,
+	MCR_ABI_VERSION = 6,
 };
 
 enum mcr_limit {
-	MCR_MAX_RULES = 4096,	/* rule_id 1 .. MCR_MAX_RULES - 1; 0 means none */
-	MCR_MAX_OUTPUTS = 8192, /* output_id 1 .. MCR_MAX_OUTPUTS - 1; 0 means none */
+	MCR_MAX_RULES = 4096,	  /* rule_id 1 .. MCR_MAX_RULES - 1; 0 means none */
+	MCR_MAX_RULE_KEYS = 8192, /* while rules change, those of before and those of after */
+	MCR_MAX_OUTPUTS = 8192,	  /* output_id 1 .. MCR_MAX_OUTPUTS - 1; 0 means none */
 	MCR_MAX_OUTPUTS_PER_RULE = 64,
 	MCR_MAX_INTERFACES = 64,    /* attached interfaces of one instance */
 	MCR_MAX_WORKERS = 64,	    /* worker slots of one instance, whatever their interfaces */
@@ -30,7 +31,7 @@ enum mcr_limit {
 			   4096, /* bytes, of AF_PACKET: for the largest IP packet, and what comes with it */
 	MCR_MAX_FRAGMENTED = 16384, /* datagrams whose later fragments are awaited */
 	MCR_MAX_EGRESS = 1024,	    /* egress interfaces of the kernel path, less one: bulk 0 means none */
-	MCR_MAX_FAN_OUTS = 4160,    /* a device map for each rule, and one to exchange on each interface */
+	MCR_MAX_FAN_OUTS = 8192,    /* one for each rule, and while rules change the one of before */
 	MCR_FAN_OUT_SLOTS = 128,    /* of its outputs: a power of two, and no more than half of them used */
 	MCR_BULK_FRAMES = 16,	    /* DEV_MAP_BULK_SIZE of the kernel's devmap.c */
 	MCR_BULK_SLOTS = 32,	    /* a power of two above it */
@@ -122,8 +123,8 @@ struct mcr_rule_value {
 	__u32 output_id;    /* kernel path: the only output, or 0 where there are several */
 	__u32 smallest_mtu; /* kernel path: of all the outputs' interfaces, bytes */
 	__u32 partial_seen; /* written by XDP: a sender on this host leaves checksums to the device */
-	__u32 fan_out;	    /* kernel path: the device map of several outputs. Both this and output_id are
-			     * set while a rule goes from one way to the other: see relay_to_one */
+	__u32 fan_out;	    /* kernel path: the several outputs */
+	__u32 device_set;   /* kernel path: the device map that leads to all of them */
 };
 
 /* What the kernel path makes of a packet for one output; the index is the output_id. */
@@ -168,15 +169,23 @@ struct mcr_egress_device {
 	__u32 reserved;
 };
 
-/* The frames on their way to one device on one CPU, in order, until the kernel tells what became of them.
- * Up to one more than a bulk: the frame in hand, whose coming makes the kernel flush the full bulk. */
+/*
+ * The frames on their way to one device on one CPU, in order, until the kernel tells what became of them. Those that
+ * are rewritten before the redirect are logged there: at most one more than a bulk, the frame in hand, whose coming
+ * makes the kernel flush the full bulk. Clones are rewritten, and logged, by mcr_egress in the flush, which then logs
+ * the others again, for the order: from slot MCR_BULK_SLOTS on.
+ */
 struct mcr_bulk {
-	__u64 begun_ns; /* CLOCK_MONOTONIC to a tick, when the first of them came */
-	__u32 ifindex;	/* of the device */
-	__u32 count;
-	__u32 bytes;		      /* of payload of all of them */
-	__u32 mixed;		      /* what their entries differ in from the first one */
-	__u32 frames[MCR_BULK_SLOTS]; /* output_id << 16 | payload length */
+	__u64 begun_ns;	 /* CLOCK_MONOTONIC to a tick, when the first of them came; 0: there are none */
+	__u32 ifindex;	 /* of the device */
+	__u32 count;	 /* of those logged before the redirect */
+	__u32 seen;	 /* of these, by mcr_egress */
+	__u32 passed;	 /* of those logged by mcr_egress */
+	__u32 by_egress; /* 1: mcr_egress runs on them, and its log counts */
+	__u32 bytes;	 /* of payload of all of them in the log that counts */
+	__u32 mixed;	 /* what their entries differ in from the first one */
+	__u32 reserved;
+	__u32 frames[2 * MCR_BULK_SLOTS]; /* output_id << 16 | payload length */
 };
 
 enum mcr_metadata_flag {
@@ -417,7 +426,7 @@ _Static_assert(MCR_LATENCY_BUCKETS == 1 + (32 - MCR_LATENCY_FIRST_BITS) * (1 << 
 _Static_assert(2 * MCR_MAX_OUTPUTS_PER_RULE <= MCR_FAN_OUT_SLOTS, "struct mcr_fan_out");
 _Static_assert(sizeof(struct mcr_settings) == 16, "struct mcr_settings");
 _Static_assert(sizeof(struct mcr_rule_key) == 44, "struct mcr_rule_key");
-_Static_assert(sizeof(struct mcr_rule_value) == 32, "struct mcr_rule_value");
+_Static_assert(sizeof(struct mcr_rule_value) == 36, "struct mcr_rule_value");
 _Static_assert(sizeof(struct mcr_kernel_output) == 64, "struct mcr_kernel_output");
 _Static_assert(sizeof(struct mcr_fragment_key) == 44, "struct mcr_fragment_key");
 _Static_assert(sizeof(struct mcr_metadata) == 24,
@@ -428,6 +437,15 @@ _Static_assert(sizeof(struct mcr_output_counters) == 112, "struct mcr_output_cou
 _Static_assert(sizeof(struct mcr_worker_counters) == 88, "struct mcr_worker_counters");
 _Static_assert(sizeof(struct mcr_tap) == 88, "struct mcr_tap");
 _Static_assert(sizeof(struct mcr_tap_event) == 96, "struct mcr_tap_event");
+_Static_assert(sizeof(struct mcr_fan_out) == 512, "struct mcr_fan_out");
+_Static_assert(sizeof(struct mcr_egress_device) == 16, "struct mcr_egress_device");
+_Static_assert(sizeof(struct mcr_bulk) == 296, "struct mcr_bulk");
+_Static_assert(sizeof(struct mcr_output_stats) == 104, "struct mcr_output_stats");
+_Static_assert(sizeof(struct mcr_latency) == 1504, "struct mcr_latency");
+_Static_assert(sizeof(struct mcr_tap_report) == 112, "struct mcr_tap_report");
+_Static_assert(sizeof(struct mcr_setup) == 108, "struct mcr_setup");
+_Static_assert(sizeof(struct mcr_add_output) == 40, "struct mcr_add_output");
+_Static_assert(sizeof(struct mcr_set_rule) == 312, "struct mcr_set_rule");
 _Static_assert(sizeof(struct mcr_command) == 320, "struct mcr_command");
 _Static_assert(sizeof(struct mcr_reply) == 128, "struct mcr_reply");
 

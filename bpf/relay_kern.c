@@ -24,7 +24,7 @@
 #endif
 
 /* What to relay: an input stream and its rule. */
-BPF_TABLE("hash", struct mcr_rule_key, struct mcr_rule_value, rules, MCR_MAX_RULES);
+BPF_TABLE("hash", struct mcr_rule_key, struct mcr_rule_value, rules, MCR_MAX_RULE_KEYS);
 /* Which lookups some rule needs, and the version of this layout. */
 BPF_TABLE("array", u32, struct mcr_settings, settings, 1);
 /* The AF_XDP sockets; the index is mcr_rule_value.xsk_base + receive queue. */
@@ -39,10 +39,13 @@ BPF_F_TABLE("array", u32, struct mcr_worker_counters, worker_counters, MCR_MAX_W
 BPF_F_TABLE("array", u32, struct mcr_latency, rule_latency, MCR_MAX_RULES, BPF_F_MMAPABLE);
 /* Kernel path: what each output makes of a packet. */
 BPF_TABLE("array", u32, struct mcr_kernel_output, kernel_outputs, MCR_MAX_OUTPUTS);
-/* Kernel path: the outputs of a fan-out, by egress interface, and its devices, each map by itself. */
+/* Kernel path: the egress interface of a rule's one output; the index is mcr_kernel_output.bulk. */
+BPF_XDP_REDIRECT_MAP("devmap", struct bpf_devmap_val, devices, MCR_MAX_EGRESS);
+/* Kernel path: the outputs of a fan-out, by egress interface. */
 BPF_TABLE("array", u32, struct mcr_fan_out, fan_out_outputs, MCR_MAX_FAN_OUTS);
-BPF_TABLE("devmap", u32, struct bpf_devmap_val, fan_out_shape, MCR_MAX_OUTPUTS_PER_RULE);
-BPF_ARRAY_OF_MAPS(fan_outs, "fan_out_shape", MCR_MAX_FAN_OUTS);
+/* The device maps that clones go to. Fan-outs by the same interfaces share one. */
+BPF_TABLE("devmap", u32, struct bpf_devmap_val, device_set_shape, MCR_MAX_OUTPUTS_PER_RULE);
+BPF_ARRAY_OF_MAPS(device_sets, "device_set_shape", MCR_MAX_FAN_OUTS);
 /* What each fan-out relayed to every one of its outputs. */
 BPF_TABLE("percpu_array", u32, u64, fan_out_relayed, MCR_MAX_FAN_OUTS);
 /* What the kernel path counts for each output; the index is the output_id. */
@@ -159,6 +162,16 @@ static __always_inline void count_sent(u32 output_id, u16 payload_length)
 	stats->sent_bytes += payload_length;
 }
 
+static __always_inline void empty_bulk(struct mcr_bulk *bulk)
+{
+	bulk->count = 0;
+	bulk->seen = 0;
+	bulk->passed = 0;
+	bulk->by_egress = 0;
+	bulk->bytes = 0;
+	bulk->mixed = 0;
+}
+
 static __always_inline void begin_bulk(struct mcr_bulk *bulk, u32 index, u32 ifindex)
 {
 	u32 zero = 0;
@@ -166,8 +179,7 @@ static __always_inline void begin_bulk(struct mcr_bulk *bulk, u32 index, u32 ifi
 
 	bulk->begun_ns = bpf_ktime_get_coarse_ns();
 	bulk->ifindex = ifindex;
-	bulk->bytes = 0;
-	bulk->mixed = 0;
+	empty_bulk(bulk);
 	if (!hand)
 		return;
 	hand->bulk = index;
@@ -179,14 +191,14 @@ static __always_inline void end_bulk(struct mcr_bulk *bulk)
 	u32 zero = 0;
 	struct in_hand *hand = hands.lookup(&zero);
 
-	bulk->count = 0;
+	bulk->begun_ns = 0;
 	if (hand)
 		hand->open--;
 }
 
 /*
- * Remembers a frame on its way to a device; mcr_devmap_xmit counts it when the device has taken it, or not. Returns
- * CLOCK_MONOTONIC to a tick, which is read once for each bulk.
+ * Remembers a frame that is rewritten and about to be redirected; mcr_devmap_xmit counts it when the device has taken
+ * it, or not. Returns CLOCK_MONOTONIC to a tick, which is read once for each bulk.
  */
 static __always_inline u64 log_frame(const struct mcr_kernel_output *output, u32 output_id,
 				     u16 payload_length)
@@ -194,15 +206,15 @@ static __always_inline u64 log_frame(const struct mcr_kernel_output *output, u32
 	u32 index = output->bulk, frame = output_id << 16 | payload_length, count;
 	struct mcr_bulk *bulk = bulks.lookup(&index);
 
-	if (!index || !bulk) { /* there were no more than MCR_MAX_EGRESS interfaces to account for */
+	if (!index || !bulk) { /* never so but in tests, of single frames that nobody flushes */
 		count_sent(output_id, payload_length);
 		return bpf_ktime_get_coarse_ns();
 	}
+	if (!bulk->begun_ns)
+		begin_bulk(bulk, index, output->ifindex);
 	count = bulk->count;
 	if (count > MCR_BULK_FRAMES)
 		return bulk->begun_ns; /* never so: the kernel flushes a full bulk */
-	if (!count)
-		begin_bulk(bulk, index, output->ifindex);
 	bulk->frames[mcr_bounded(count, MCR_BULK_SLOTS - 1)] = frame;
 	bulk->count = count + 1;
 	bulk->bytes += payload_length;
@@ -501,21 +513,19 @@ static __always_inline void count_generic(u32 output_id, u16 payload_length)
 }
 
 /*
- * The usual rule has one output: no clone, no second program.
- *
- * The kernel runs on all frames of a bulk the egress program that its first one asked for, or none. So frames
- * that are rewritten here and frames that mcr_egress rewrites must never meet in a bulk: the supervisor lets a
- * rule go from one way to the other through a third one, `fan_out`, for a moment. Its frames are rewritten
- * here and ask for mcr_egress, which lets them pass: they can meet either kind.
+ * The usual rule has one output: no clone, no second program. Only where some fan-out leaves by the same interface
+ * does the device ask for mcr_egress: the kernel runs on all frames of a bulk the egress program that its first one
+ * asked for, or none, so that these frames must pass through it unharmed. They have no metadata.
  */
 static __always_inline int relay_to_one(struct xdp_md *ctx, struct mcr_rule_stats *stats,
 					struct mcr_rule_value *rule, const struct mcr_packet *packet,
 					const struct mcr_metadata *metadata, u64 traced_ns)
 {
-	u32 output_id = rule->output_id, fan_out = rule->fan_out;
+	u32 output_id = rule->output_id;
 	struct mcr_kernel_output *output = kernel_outputs.lookup(&output_id);
 	struct mcr_output_stats *counts = output_stats.lookup(&output_id);
-	int reason;
+	bool generic = rule->flags & MCR_RULE_GENERIC;
+	int reason, action = XDP_DROP;
 
 	if (!output || !output->ifindex || !counts)
 		return drop(stats, MCR_DROP_NO_OUTPUT);
@@ -525,27 +535,24 @@ static __always_inline int relay_to_one(struct xdp_md *ctx, struct mcr_rule_stat
 	reason = mcr_admit(output, packet->ttl, packet->ip_length);
 	if (reason == MCR_REWRITTEN && (strip_metadata(ctx) || rewrite(ctx, metadata, output)))
 		reason = MCR_OUTPUT_DROP_SEND_ERROR;
+	if (reason == MCR_REWRITTEN) {
+		action = generic ? bpf_redirect(output->ifindex, 0)
+				 : devices.redirect_map(output->bulk, XDP_DROP);
+		if (action != XDP_REDIRECT) /* the kernel empties the slot of a device that goes */
+			reason = MCR_OUTPUT_DROP_LINK_DOWN;
+	}
 	if (traced_ns)
 		tap_output(ctx, metadata, traced_ns, output_id, output, reason);
-	if (reason == MCR_REWRITTEN && !fan_out && !(rule->flags & MCR_RULE_GENERIC)) {
+	if (reason == MCR_REWRITTEN && !generic) {
 		stats->last_seen_ns = log_frame(output, output_id, packet->payload_length);
-		return bpf_redirect(output->ifindex, 0);
+		return action;
 	}
 	stats->last_seen_ns = bpf_ktime_get_coarse_ns();
-	if (reason != MCR_REWRITTEN) {
-		drop_output(output_id, reason);
-		return XDP_DROP;
-	}
-	if (rule->flags & MCR_RULE_GENERIC) {
+	if (reason == MCR_REWRITTEN)
 		count_generic(output_id, packet->payload_length);
-	} else {
-		void *devices = fan_outs.lookup(&fan_out);
-
-		count_sent(output_id, packet->payload_length);
-		if (devices)
-			return redirect_to(devices, 0, 0);
-	}
-	return bpf_redirect(output->ifindex, 0);
+	else
+		drop_output(output_id, reason);
+	return action;
 }
 
 static __always_inline u32 output_in_slot(const struct mcr_fan_out *all, u32 slot)
@@ -603,11 +610,11 @@ static __always_inline int relay_to_many(struct xdp_md *ctx, struct mcr_rule_sta
 					 struct mcr_rule_value *rule, u32 frame_length,
 					 const struct mcr_metadata *metadata, u64 traced_ns)
 {
-	u32 fan_out = rule->fan_out;
-	void *devices = fan_outs.lookup(&fan_out);
+	u32 fan_out = rule->fan_out, device_set = rule->device_set;
+	void *all = device_sets.lookup(&device_set);
 	u64 *relayed = fan_out_relayed.lookup(&fan_out);
 
-	if (!devices || !relayed)
+	if (!all || !relayed)
 		return drop(stats, MCR_DROP_NO_OUTPUT);
 	if (bpf_xdp_get_buff_len(ctx) != ctx->data_end - ctx->data)
 		return drop(stats,
@@ -620,7 +627,7 @@ static __always_inline int relay_to_many(struct xdp_md *ctx, struct mcr_rule_sta
 	*relayed += 1;
 	if (frame_length > rule->smallest_mtu + MCR_ETHERNET_LENGTH + MCR_VLAN_LENGTH)
 		count_left_out(ctx, metadata, fan_out, frame_length, traced_ns);
-	return redirect_to(devices, 0, BPF_F_BROADCAST);
+	return redirect_to(all, 0, BPF_F_BROADCAST);
 }
 
 static __always_inline int relay_in_kernel(struct xdp_md *ctx, struct mcr_rule_stats *stats,
@@ -639,6 +646,76 @@ static __always_inline int relay_in_kernel(struct xdp_md *ctx, struct mcr_rule_s
 	return relay_to_many(ctx, stats, rule, frame_length, &metadata, traced_ns);
 }
 
+/* What is on its way to a device on this CPU; NULL if the device is not accounted for. */
+static __always_inline struct mcr_bulk *find_bulk(u32 ifindex, u32 *index)
+{
+	u32 zero = 0;
+	struct in_hand *hand = hands.lookup(&zero);
+	struct mcr_egress_device *device;
+	struct mcr_bulk *bulk;
+
+	if (hand && hand->open) { /* nearly always the one that was begun last */
+		*index = hand->bulk;
+		bulk = bulks.lookup(index);
+		if (bulk && bulk->ifindex == ifindex && bulk->begun_ns)
+			return bulk;
+	}
+	device = egress_devices.lookup(&ifindex);
+	if (!device)
+		return NULL;
+	*index = device->bulk;
+	return bulks.lookup(index);
+}
+
+/*
+ * In mcr_egress: the bulk that is being flushed. From its first frame on the order in which frames pass here counts,
+ * which is that in which the device gets them.
+ */
+static __always_inline struct mcr_bulk *flushed_bulk(u32 ifindex)
+{
+	u32 index = 0;
+	struct mcr_bulk *bulk = find_bulk(ifindex, &index);
+
+	if (!bulk)
+		return NULL;
+	if (!bulk->begun_ns)
+		begin_bulk(bulk, index, ifindex);
+	if (!bulk->by_egress) { /* its log counts from here on */
+		bulk->by_egress = 1;
+		bulk->bytes = 0;
+		bulk->mixed = 0;
+	}
+	return bulk;
+}
+
+static __always_inline void log_passed(struct mcr_bulk *bulk, u32 frame)
+{
+	u32 passed = bulk->passed;
+
+	if (passed >= MCR_BULK_FRAMES)
+		return; /* never so: a bulk has no more */
+	bulk->frames[mcr_bounded(MCR_BULK_SLOTS + passed, 2 * MCR_BULK_SLOTS - 1)] = frame;
+	bulk->passed = passed + 1;
+	bulk->bytes += frame & 0xffff;
+	bulk->mixed |= frame ^ bulk->frames[MCR_BULK_SLOTS];
+}
+
+/* A frame that relay_to_one has rewritten and logged. */
+static __always_inline int pass_rewritten(u32 ifindex)
+{
+	struct mcr_bulk *bulk = flushed_bulk(ifindex);
+	u32 seen;
+
+	if (!bulk)
+		return XDP_PASS;
+	seen = bulk->seen;
+	if (seen >= bulk->count || seen > MCR_BULK_FRAMES)
+		return XDP_PASS; /* never so: it has been logged */
+	bulk->seen = seen + 1;
+	log_passed(bulk, bulk->frames[mcr_bounded(seen, MCR_BULK_SLOTS - 1)]);
+	return XDP_PASS;
+}
+
 /* Runs on each clone, on its way out of one device. Where it drops one, mcr_devmap_xmit finds no trace of it. */
 int mcr_egress(struct xdp_md *ctx)
 {
@@ -646,12 +723,13 @@ int mcr_egress(struct xdp_md *ctx)
 	struct mcr_metadata *left = (void *)(long)ctx->data_meta, metadata;
 	struct traced_metadata *traced_left = (void *)left;
 	struct mcr_kernel_output *output;
+	struct mcr_bulk *bulk;
 	u32 output_id;
 	int reason = MCR_OUTPUT_DROP_SEND_ERROR;
 	u64 traced_ns = 0;
 
 	if ((void *)(left + 1) > data)
-		return XDP_PASS; /* relay_to_one has rewritten and counted it */
+		return pass_rewritten(ctx->egress_ifindex);
 	metadata = *left;
 	if (MCR_TRACED) {
 		if ((void *)(traced_left + 1) > data)
@@ -660,6 +738,7 @@ int mcr_egress(struct xdp_md *ctx)
 	} else if (metadata.flags & MCR_METADATA_TRACED) {
 		traced_egress.call(ctx, 0); /* its twin, compiled with MCR_TRACED */
 	}
+	bulk = flushed_bulk(ctx->egress_ifindex);
 	output = find_output(metadata.fan_out, ctx->egress_ifindex, &output_id);
 	if (!output)
 		return XDP_DROP;
@@ -674,12 +753,15 @@ int mcr_egress(struct xdp_md *ctx)
 	}
 	if (traced_ns)
 		tap_output(ctx, &metadata, traced_ns, output_id, output, reason);
-	if (reason == MCR_REWRITTEN) {
-		log_frame(output, output_id, metadata.payload_length);
-		return XDP_PASS; /* in a devmap program: send */
+	if (reason != MCR_REWRITTEN) {
+		drop_output(output_id, reason);
+		return XDP_DROP;
 	}
-	drop_output(output_id, reason);
-	return XDP_DROP;
+	if (bulk)
+		log_passed(bulk, output_id << 16 | metadata.payload_length);
+	else
+		count_sent(output_id, metadata.payload_length);
+	return XDP_PASS; /* in a devmap program: send */
 }
 
 /* --- what became of redirects: tracepoints, which tell of every program and of every network namespace */
@@ -730,20 +812,12 @@ static __always_inline u32 device_reason(int error)
 	}
 }
 
-static __always_inline struct mcr_bulk *find_bulk(u32 ifindex)
-{
-	struct mcr_egress_device *device = egress_devices.lookup(&ifindex);
-	u32 index;
-
-	if (!device)
-		return NULL;
-	index = device->bulk;
-	return bulks.lookup(&index);
-}
-
+/* By the log that counts. */
 static __always_inline u32 logged(const struct mcr_bulk *bulk, u32 index)
 {
-	return bulk->frames[mcr_bounded(index, MCR_BULK_SLOTS - 1)];
+	u32 slot = index + (bulk->by_egress ? MCR_BULK_SLOTS : 0);
+
+	return bulk->frames[mcr_bounded(slot, 2 * MCR_BULK_SLOTS - 1)];
 }
 
 /* An AF_XDP socket did not take the packet that mcr_relay has just redirected on this CPU. */
@@ -758,26 +832,31 @@ static __always_inline void count_refused(const struct in_hand *hand, int error)
 	count_drop(stats, redirect_reason(error));
 }
 
-/* Nor did the device of a rule's one output. In native mode the packet is the last one in the bulk. */
-static __always_inline void count_undelivered(const struct in_hand *hand, u32 ifindex, int error)
+/* Nor did the device of a rule's one output: the packet is the last one that was logged for it. */
+static __always_inline void count_undelivered(u32 index, int error)
 {
-	struct mcr_bulk *bulk = find_bulk(ifindex);
-	struct mcr_output_stats *stats;
-	u32 output_id = hand->output_id, last, frame;
+	struct mcr_bulk *bulk = bulks.lookup(&index);
+	u32 last, frame;
 
-	if (bulk && bulk->count) {
-		last = bulk->count - 1;
-		frame = logged(bulk, last);
-		output_id = frame >> 16;
-		bulk->count = last;
-		bulk->bytes -= frame & 0xffff;
-		if (!last)
-			end_bulk(bulk);
-	} else {
-		stats = output_stats.lookup(&output_id);
-		if (stats)
-			stats->sent_packets--;
-	}
+	if (!bulk || !bulk->begun_ns || !bulk->count)
+		return;
+	last = bulk->count - 1;
+	frame = bulk->frames[mcr_bounded(last, MCR_BULK_SLOTS - 1)];
+	drop_output(frame >> 16, device_reason(error));
+	bulk->count = last;
+	bulk->bytes -= frame & 0xffff;
+	if (!last)
+		end_bulk(bulk);
+}
+
+/* The same in generic mode, where there are no bulks. */
+static __always_inline void count_undelivered_generic(const struct in_hand *hand, int error)
+{
+	u32 output_id = hand->output_id;
+	struct mcr_output_stats *stats = output_stats.lookup(&output_id);
+
+	if (stats)
+		stats->sent_packets--;
 	drop_output(output_id, device_reason(error));
 }
 
@@ -796,8 +875,10 @@ int mcr_refused(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	if (map_type == BPF_MAP_TYPE_XSKMAP)
 		count_refused(hand, error);
+	else if (map_type == BPF_MAP_TYPE_DEVMAP && ctx->args[6])
+		count_undelivered((u32)ctx->args[6], error); /* the index of a fan-out is 0 */
 	else if (map_type == BPF_MAP_TYPE_UNSPEC)
-		count_undelivered(hand, (u32)ctx->args[6], error);
+		count_undelivered_generic(hand, error);
 	return 0;
 }
 
@@ -832,22 +913,34 @@ static __always_inline void count_flushed(const struct mcr_bulk *bulk, u32 count
 					  u32 reason)
 {
 	if (sent >= count && bulk->mixed <= 0xffff)
-		add_sent(bulk->frames[0] >> 16, count, bytes);
+		add_sent(logged(bulk, 0) >> 16, count, bytes);
 	else
 		count_each(bulk, count, sent, reason);
 }
 
 /*
+ * A bulk that is flushed because it is full leaves the frame in hand, which is logged already and will be the first of
+ * the next bulk. Zero: there is none.
+ */
+static __always_inline u32 frame_in_hand(const struct mcr_bulk *bulk, u32 handed)
+{
+	u32 flushed = bulk->by_egress ? bulk->seen : handed, count = bulk->count;
+
+	if (count <= flushed || count > MCR_BULK_FRAMES + 1)
+		return 0;
+	return bulk->frames[mcr_bounded(count - 1, MCR_BULK_SLOTS - 1)];
+}
+
+/*
  * The kernel's own word on what became of a bulk of redirected frames: raw tracepoint xdp_devmap_xmit, with
  * arguments from_dev, to_dev, sent, drops, err. What a device does not take are the last frames; drops also
- * counts what mcr_egress dropped. A bulk that is flushed because it is full leaves the frame in hand, which is
- * logged already and will be the first of the next bulk. Only our own frames of this CPU and poll are logged,
- * so that another namespace's device of the same number finds an empty log.
+ * counts what mcr_egress dropped. Only our own frames of this CPU and poll are logged, so that another namespace's
+ * device of the same number finds an empty log.
  */
 int mcr_devmap_xmit(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 sent = (u32)ctx->args[2], handed = sent + (u32)ctx->args[3];
-	u32 ifindex = 0, zero = 0, in_hand = 0, index, count;
+	u32 ifindex = 0, zero = 0, in_hand, index = 0, count, bytes;
 	u32 reason = device_reason((int)ctx->args[4]);
 	struct in_hand *hand = hands.lookup(&zero);
 	struct mcr_egress_device *device;
@@ -857,29 +950,26 @@ int mcr_devmap_xmit(struct bpf_raw_tracepoint_args *ctx)
 		return 0; /* somebody else's redirect */
 	if (bpf_probe_read_kernel(&ifindex, sizeof(ifindex), (void *)(ctx->args[1] + MCR_DEVICE_IFINDEX)))
 		return 0;
-	index = hand->bulk;
-	bulk = bulks.lookup(&index);
-	if (!bulk || bulk->ifindex != ifindex)
-		bulk = find_bulk(ifindex);
-	if (!bulk || !bulk->count)
+	bulk = find_bulk(ifindex, &index);
+	if (!bulk || !bulk->begun_ns)
 		return 0;
-	count = bulk->count;
-	if (count > handed) {
-		in_hand = logged(bulk, count - 1);
-		count = handed;
-	}
-	count_flushed(bulk, count, bulk->bytes - (in_hand & 0xffff), sent, reason);
+	in_hand = frame_in_hand(bulk, handed);
+	count = bulk->by_egress ? bulk->passed : bulk->count - (in_hand ? 1 : 0);
+	bytes = bulk->by_egress ? bulk->bytes : bulk->bytes - (in_hand & 0xffff);
+	count_flushed(bulk, count, bytes, sent, reason);
 	if (count > sent) {
 		device = egress_devices.lookup(&ifindex);
 		if (device)
 			__sync_fetch_and_add(&device->lost, count - sent);
 	}
+	if (!in_hand) {
+		end_bulk(bulk);
+		return 0;
+	}
+	empty_bulk(bulk);
 	bulk->frames[0] = in_hand;
 	bulk->count = 1;
 	bulk->bytes = in_hand & 0xffff;
-	bulk->mixed = 0;
-	if (!in_hand)
-		end_bulk(bulk);
 	return 0;
 }
 

@@ -74,7 +74,7 @@ class AttachedInterface:
         self._reason = "not started"  # why it is not attached; empty if it is
         self._link: loader.Link | None = None
         self._facts: InterfaceFacts | None = None  # those that it is attached with
-        self._map_rules: dict[int, RuleSpec] = {}
+        self._map_rules: dict[bytes, RuleSpec] = {}  # by key
         self._turn = asyncio.Lock()
 
     @property
@@ -142,7 +142,7 @@ class AttachedInterface:
     async def leave(self) -> None:
         """Ends the workers and their rules, and leaves the kernel path as it is."""
         async with self._turn:
-            self._map_rules = {number: rule for number, rule in self._map_rules.items() if not rule.kernel}
+            self._map_rules = {key: rule for key, rule in self._map_rules.items() if not rule.kernel}
             if self._link is not None:
                 self._link.let_go()
                 self._link = None
@@ -312,9 +312,7 @@ class AttachedInterface:
         ]
 
     async def _take_down(self) -> None:
-        for rule in self._map_rules.values():
-            self._rule_maps.delete(rule)
-        self._map_rules = {}
+        await self._rule_maps.switch(self._map_rules, (), self.xsk_base)
         await all_done(seat.stop() for seat in self.seats)
         self.spec = InterfaceSpec()
         self._detach()
@@ -324,7 +322,7 @@ class AttachedInterface:
     async def _sync_maps(self) -> None:
         if self._link is None:
             return
-        await self._rule_maps.switch(self._map_rules, self.spec.rules, self.xsk_base)
+        await self._rule_maps.switch(self._map_rules, self.spec.rules.values(), self.xsk_base)
 
     async def _settle(self, rules: Collection[int], outputs: Collection[int]) -> None:
         """What a worker that has ended had in hand is given up: at once if no other counts for them too."""

@@ -19,6 +19,7 @@ int bpf_obj_pin(int fd, const char *path);
 int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t flags);
 int bpf_map_lookup_elem(int fd, const void *key, void *value);
 int bpf_map_delete_elem(int fd, const void *key);
+int bpf_map_update_batch(int fd, const void *keys, const void *values, uint32_t *count, const void *options);
 int bpf_map_get_next_key(int fd, const void *key, void *next_key);
 int bpf_raw_tracepoint_open(const char *name, int prog_fd);
 int libbpf_num_possible_cpus(void);
@@ -40,7 +41,13 @@ ffibuilder.set_source(
     sources=["mcr/bpf_calls.c", "mcr/tap_ring.c"],
     libraries=["bpf"],
     include_dirs=[str(BPF_DIR), str(HERE)],
-    extra_compile_args=["-O2", "-Wall", "-Wextra", "-Werror", "-Wno-missing-field-initializers"],
+    extra_compile_args=[
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-missing-field-initializers",
+    ],
     depends=[str(BPF_DIR / "relay_abi.h"), str(HERE / "bpf_calls.h")],
 )
 

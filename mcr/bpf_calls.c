@@ -71,10 +71,10 @@ int mcr_member_offset(const char *struct_name, const char *member)
 	return offset;
 }
 
-int mcr_create_fan_out(uint32_t entries)
+int mcr_create_device_set(uint32_t entries)
 {
-	return bpf_map_create(BPF_MAP_TYPE_DEVMAP, "fan_out", sizeof(uint32_t), sizeof(struct bpf_devmap_val),
-			      entries, NULL);
+	return bpf_map_create(BPF_MAP_TYPE_DEVMAP, "device_set", sizeof(uint32_t),
+			      sizeof(struct bpf_devmap_val), entries, NULL);
 }
 
 int mcr_link_xdp(int prog_fd, int ifindex, int generic)

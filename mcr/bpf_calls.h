@@ -23,8 +23,8 @@ int mcr_load_program(int kind, const char *name, const void *instructions, size_
 /* The offset in bytes of a member of a kernel struct, from the running kernel's BTF. */
 int mcr_member_offset(const char *struct_name, const char *member);
 
-/* A device map with the layout of fan_out_shape. */
-int mcr_create_fan_out(uint32_t entries);
+/* A device map with the layout of device_set_shape. */
+int mcr_create_device_set(uint32_t entries);
 
 /* A bpf_link of the program to an interface: in the driver, or generic. */
 int mcr_link_xdp(int prog_fd, int ifindex, int generic);

@@ -6,7 +6,7 @@ must never do I/O.
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from ipaddress import IPv4Address
@@ -95,7 +95,7 @@ class RuleSpec:
     """A rule as the rules map has it, and a worker if it takes the worker path.
 
     key: the bytes of its `struct mcr_rule_key`. output_ids: of the worker path. generic: XDP runs in generic
-    mode where the packets come in. fan_out: its packets go through a device map and the egress program.
+    mode where the packets come in.
     """
 
     rule_id: int
@@ -105,7 +105,11 @@ class RuleSpec:
     kernel: bool = False
     generic: bool = False
     kernel_outputs: tuple[KernelOutputSpec, ...] = ()
-    fan_out: bool = False
+
+    @property
+    def fan_out(self) -> bool:
+        """Its packets are cloned: they go through a device map and the egress program."""
+        return len(self.kernel_outputs) > 1
 
 
 @dataclass(slots=True)
@@ -138,12 +142,30 @@ class RuleState:
 
 
 class IdPool:
-    """Numbers from 1 below a limit. The one that was freed the longest ago is given out first."""
+    """Numbers from 1 below a limit. The one that was freed the longest ago is given out first.
 
-    def __init__(self, limit: int) -> None:
+    what: they are numbers of, for an error.
+    """
+
+    def __init__(self, limit: int, what: str) -> None:
+        self._limit, self._what = limit, what
         self._free = deque(range(1, limit))
 
+    def __len__(self) -> int:
+        return len(self._free)
+
+    def copy(self) -> "IdPool":
+        copy = IdPool(1, self._what)
+        copy._limit, copy._free = self._limit, self._free.copy()
+        return copy
+
     def take(self) -> int:
+        """Raises McrError if all are in use."""
+        if not self._free:
+            raise McrError(
+                f"no number for another {self._what} is left: all {self._limit - 1} are in use",
+                "change fewer at once, or share them out among several instances",
+            )
         return self._free.popleft()
 
     def give(self, number: int) -> None:
@@ -162,12 +184,16 @@ def _output_keys(rule: Rule) -> tuple[tuple[str, str], ...]:
 
 @dataclass(slots=True)
 class Ids:
-    """rule_id and output_id of everything that is desired; what is unchanged keeps its ids."""
+    """rule_id and output_id of everything that is desired; what is unchanged keeps its ids.
+
+    They follow names. A rule that is only renamed, with the same input and outputs, takes its ids along.
+    """
 
     rules: dict[str, int] = field(default_factory=dict)
     outputs: dict[tuple[str, str], int] = field(default_factory=dict)
-    _free_rules: IdPool = field(default_factory=lambda: IdPool(MAX_RULES))
-    _free_outputs: IdPool = field(default_factory=lambda: IdPool(MAX_OUTPUTS))
+    _free_rules: IdPool = field(default_factory=lambda: IdPool(MAX_RULES, "rule"))
+    _free_outputs: IdPool = field(default_factory=lambda: IdPool(MAX_OUTPUTS, "output"))
+    _known: dict[str, Rule] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rules: dict[str, int], outputs: dict[tuple[str, str], int]) -> "Ids":
@@ -179,24 +205,76 @@ class Ids:
             ids._free_outputs.reserve(number)
         return ids
 
-    def assign(self, rules: Iterable[Rule]) -> tuple[list[int], list[int]]:
-        """Ids for exactly these rules and their outputs. Returns the new rule_ids and output_ids."""
+    def equal(self, other: "Ids") -> bool:
+        """Whether the same is known by the same ids."""
+        return self.rules == other.rules and self.outputs == other.outputs
+
+    def assign(self, rules: Iterable[Rule]) -> "Assigned":
+        """Ids for exactly these rules and their outputs; these here stay as they are.
+
+        An id that is given back can be taken by the next change, not by this one, whose packets may still
+        be on their way by it. Only where no other is left, a changed output takes the place of one that its
+        rule had before. Raises McrError if there are not enough.
+        """
         wanted = {rule.name: rule for rule in rules}
-        wanted_outputs = {key for rule in wanted.values() for key in _output_keys(rule)}
-        for name in self.rules.keys() - wanted.keys():
-            self._free_rules.give(self.rules.pop(name))
-        for key in self.outputs.keys() - wanted_outputs:
-            self._free_outputs.give(self.outputs.pop(key))
+        ids = Ids({}, {}, self._free_rules.copy(), self._free_outputs.copy(), wanted)
+        before = self._names_before(wanted)
         new_rules, new_outputs = [], []
-        for rule in wanted.values():
-            if rule.name not in self.rules:
-                self.rules[rule.name] = self._free_rules.take()
-                new_rules.append(self.rules[rule.name])
-            for key in _output_keys(rule):
-                if key not in self.outputs:
-                    self.outputs[key] = self._free_outputs.take()
-                    new_outputs.append(self.outputs[key])
-        return new_rules, new_outputs
+        for name, rule in wanted.items():
+            old = before.get(name, name)
+            number = self.rules.get(old)
+            if number is None:
+                number = ids._free_rules.take()
+                new_rules.append(number)
+            ids.rules[name] = number
+            keys = [(old, text) for _, text in _output_keys(rule)]
+            spare = self._unused_outputs(old, keys) if len(ids._free_outputs) < len(keys) else []
+            for key, key_before in zip(_output_keys(rule), keys, strict=True):
+                number = self.outputs.get(key_before)
+                if number is None and spare:
+                    number = spare.pop(0)
+                elif number is None:
+                    number = ids._free_outputs.take()
+                    new_outputs.append(number)
+                ids.outputs[key] = number
+        _give_unused(ids._free_rules, self.rules.values(), ids.rules.values())
+        _give_unused(ids._free_outputs, self.outputs.values(), ids.outputs.values())
+        return Assigned(ids, new_rules, new_outputs)
+
+    def _unused_outputs(self, name: str, keys: Collection[tuple[str, str]]) -> list[int]:
+        rule = self._known.get(name)
+        old = _output_keys(rule) if rule is not None else ()
+        return [self.outputs[key] for key in old if key in self.outputs and key not in keys]
+
+    def _names_before(self, wanted: Mapping[str, Rule]) -> dict[str, str]:
+        """The names of before of the rules that are only renamed."""
+        gone = {
+            (rule.stream, rule.outputs): name
+            for name, rule in self._known.items()
+            if name in self.rules and name not in wanted
+        }
+        new = {name: rule for name, rule in wanted.items() if name not in self.rules} if gone else {}
+        return {
+            name: gone[rule.stream, rule.outputs]
+            for name, rule in new.items()
+            if (rule.stream, rule.outputs) in gone
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """What `Ids.assign` makes: the ids, and those among them that were not in use before."""
+
+    ids: Ids
+    new_rules: list[int]
+    new_outputs: list[int]
+
+
+def _give_unused(pool: IdPool, before: Iterable[int], after: Iterable[int]) -> None:
+    used = set(after)
+    for number in before:
+        if number not in used:
+            pool.give(number)
 
 
 @dataclass(slots=True)
@@ -344,7 +422,6 @@ class Realiser:
 
     def __init__(self) -> None:
         self._known: dict[str, _Realised] = {}
-        self._shared: dict[int, tuple[RuleSpec, RuleSpec]] = {}  # by rule_id: as realised, and with a fan-out
 
     def realise(
         self,
@@ -367,10 +444,6 @@ class Realiser:
             if made.membership is not None:
                 memberships.add(made.membership)
         self._known = known
-        shared: dict[int, tuple[RuleSpec, RuleSpec]] = {}
-        for spec in desired.interfaces.values():
-            shared |= _share_fan_outs(spec, self._shared)
-        self._shared = shared
         desired.memberships = frozenset(memberships)
         return desired
 
@@ -405,26 +478,6 @@ class Realiser:
         return _Realised(
             *(rule, involved, attached, state.rule_id, output_ids), *(state, spec, outputs, membership)
         )
-
-
-def _share_fan_outs(
-    spec: InterfaceSpec, before: Mapping[int, tuple[RuleSpec, RuleSpec]]
-) -> dict[int, tuple[RuleSpec, RuleSpec]]:
-    """A rule with one output whose interface a rule with several uses too goes through a fan-out as well.
-
-    The kernel runs on all frames of a bulk the egress program that the first one asked for (devmap.c,
-    bq_enqueue): packets with and without it must not come from one interface and leave by one. before: what
-    this returned the last time.
-    """
-    fan_outs = (rule for rule in spec.rules.values() if rule.fan_out)
-    interfaces = {output.ifindex for rule in fan_outs for output in rule.kernel_outputs}
-    changed = {}
-    for rule_id, rule in spec.rules.items():
-        if not rule.fan_out and any(output.ifindex in interfaces for output in rule.kernel_outputs):
-            old = before.get(rule_id)
-            changed[rule_id] = old if old and old[0] is rule else (rule, replace(rule, fan_out=True))
-    spec.rules.update((rule_id, shared) for rule_id, (_, shared) in changed.items())
-    return changed
 
 
 def _involved(rule: Rule, facts: Mapping[str, InterfaceFacts]) -> tuple[InterfaceFacts | None, ...]:
@@ -498,7 +551,6 @@ def _specs(
             kernel_outputs=tuple(
                 _kernel_output(output, output_id, facts[output.interface]) for output, output_id in present
             ),
-            fan_out=len(present) > 1,
         )
         return spec, ()
     outputs = tuple(_worker_output(output, output_id, facts) for output, output_id in present)

@@ -30,12 +30,16 @@ def ids_path(instance: str) -> Path:
 
 
 def save_ids(instance: str, ids: Ids) -> None:
-    """Writes the ids aside, then puts the file in place by one rename."""
+    """Writes the ids aside, then puts the file in place by one rename. Raises McrError."""
     path = ids_path(instance)
     new = path.with_suffix(".new")
     outputs = [[rule, output, number] for (rule, output), number in ids.outputs.items()]
-    new.write_text(json.dumps({"rules": ids.rules, "outputs": outputs}))
-    new.rename(path)
+    try:
+        new.write_text(json.dumps({"rules": ids.rules, "outputs": outputs}))
+        new.rename(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise McrError(f"the ids cannot be saved in {path}: {error.strerror}", "make room there") from error
 
 
 def load_ids(instance: str) -> Ids:

@@ -4,11 +4,12 @@ Thin: every method is one access. The worker's counters are mapped memory, so th
 touches a worker. This module must never decide what belongs in a map.
 """
 
+import errno
 import mmap
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Any, Self
@@ -27,6 +28,8 @@ MAX_FAN_OUTS: int = lib.MCR_MAX_FAN_OUTS
 MAX_INTERFACES: int = lib.MCR_MAX_INTERFACES
 MAX_WORKERS: int = lib.MCR_MAX_WORKERS
 MAX_QUEUES: int = lib.MCR_MAX_QUEUES
+SETS_AT_ONCE = 256  # device maps that are open side by side
+NO_DEVICE = (-errno.EINVAL, -errno.ENODEV)  # of a device map: there is no such interface (any more)
 
 
 def _reason_names(enum: str, prefix: str) -> tuple[str, ...]:
@@ -177,8 +180,9 @@ class Maps:
         _check(self._program_id, "read the program's id")
         self._folding = threading.Lock()  # metrics are read in a thread of their own
         self._fan_outs_of: dict[int, tuple[int, ...]] = {}  # by output_id
-        for fan_out in self.fan_outs():
-            self._list_fan_out(fan_out, self._outputs_of(fan_out))
+        for rule in self.rules().values():
+            if rule["fan_out"]:
+                self._list_fan_out(rule["fan_out"], self._outputs_of(rule["fan_out"]))
         self._latency = _Counters(self._fds["rule_latency"], "mcr_latency", MAX_RULES)
 
     def __enter__(self) -> Self:
@@ -249,36 +253,73 @@ class Maps:
             "kernel_outputs", ffi.new("__u32 *", output_id), ffi.new("struct mcr_kernel_output *", fields)
         )
 
-    def create_fan_out(self, fan_out: int, outputs: Sequence[tuple[int, int]]) -> None:
-        """Makes the device map of a fan-out that is not in use, for (output_id, ifindex) pairs.
+    def set_device(self, bulk: int, ifindex: int, *, asks: bool) -> None:
+        """Puts an interface into its slot of `devices`; asks: frames that go there ask for mcr_egress.
 
-        When it returns, no packet is on its way any more that met the rules as they were before: for this
-        kind of map the kernel waits for all running programs (kernel/bpf/syscall.c, maybe_wait_bpf_programs).
+        An interface that has just gone is no error: its slot stays empty.
         """
+        value = self._device(ifindex, asks)
+        status = lib.bpf_map_update_elem(self._fds["devices"], ffi.new("__u32 *", bulk), value, 0)
+        if status not in NO_DEVICE:
+            _check(status, f"put interface {ifindex} into the map devices")
+
+    def device_program(self, bulk: int) -> int | None:
+        """The id of the program that frames to a slot of `devices` ask for, 0 for none; None: it is empty."""
+        value = ffi.new("struct bpf_devmap_val *")
+        if lib.bpf_map_lookup_elem(self._fds["devices"], ffi.new("__u32 *", bulk), value) < 0:
+            return None
+        return int(value.bpf_prog.id)
+
+    def _device(self, ifindex: int, asks: bool) -> Any:
+        value = ffi.new("struct bpf_devmap_val *")
+        value.ifindex, value.bpf_prog.fd = ifindex, self._fds["mcr_egress"] if asks else 0
+        return value
+
+    def put_device_sets(self, sets: Mapping[int, Sequence[int]]) -> None:
+        """Puts device maps of these interfaces, by ifindex, under these numbers, in place of what is there.
+
+        When it returns, no packet is on its way any more that met any map as it was before: for this kind
+        of map the kernel waits for all running programs (kernel/bpf/syscall.c, maybe_wait_bpf_programs), from
+        Linux 6.8 on once for a whole batch.
+        """
+        numbers = list(sets)
+        for first in range(0, len(numbers), SETS_AT_ONCE):
+            self._put_device_sets({number: sets[number] for number in numbers[first : first + SETS_AT_ONCE]})
+
+    def _put_device_sets(self, sets: Mapping[int, Sequence[int]]) -> None:
+        fds: list[int] = []
+        try:
+            for interfaces in sets.values():
+                fds.append(self._create_device_set(interfaces))
+            count = ffi.new("uint32_t *", len(sets))
+            keys, values = ffi.new("__u32[]", list(sets)), ffi.new("int[]", fds)
+            status = lib.bpf_map_update_batch(self._fds["device_sets"], keys, values, count, ffi.NULL)
+            _check(status, "write the map device_sets")
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _create_device_set(self, interfaces: Sequence[int]) -> int:
+        """No slot too many: the kernel walks along all of them for each packet."""
+        devices = int(lib.mcr_create_device_set(max(1, len(interfaces))))
+        _check(devices, "create a device map")
+        for slot, ifindex in enumerate(interfaces):
+            value = self._device(ifindex, True)
+            status = lib.bpf_map_update_elem(devices, ffi.new("__u32 *", slot), value, 0)
+            if status < 0 and status not in NO_DEVICE:
+                os.close(devices)
+                _check(status, f"put interface {ifindex} into a device map")
+        return devices
+
+    def put_fan_out(self, fan_out: int, outputs: Sequence[tuple[int, int]]) -> None:
+        """Makes a fan-out that is not in use, for (output_id, ifindex) pairs."""
         key = ffi.new("__u32 *", fan_out)
         self._update("fan_out_outputs", key, ffi.new("struct mcr_fan_out *", [_by_interface(outputs)]))
         self._update("fan_out_relayed", key, ffi.new("__u64[]", self._cpus))
-        # No slot too many: the kernel walks along all of them for each packet.
-        devices = int(lib.mcr_create_fan_out(len(outputs)))
-        _check(devices, "create a device map")
-        try:
-            for slot, (_, ifindex) in enumerate(outputs):
-                value = ffi.new("struct bpf_devmap_val *")
-                value.ifindex, value.bpf_prog.fd = ifindex, self._fds["mcr_egress"]
-                status = lib.bpf_map_update_elem(devices, ffi.new("__u32 *", slot), value, 0)
-                _check(status, f"put interface {ifindex} into a device map")
-            self._update("fan_outs", key, ffi.new("int *", devices))
-        finally:
-            os.close(devices)
         self._list_fan_out(fan_out, [output_id for output_id, _ in outputs])
 
-    def retire_fan_out(self, fan_out: int) -> list[int]:
-        """Takes away a fan-out that no rule names any more; what it relayed goes to its outputs' account.
-
-        Returns its output_ids. As in create_fan_out, no packet can use it any more after the first step.
-        """
-        key = ffi.new("__u32 *", fan_out)
-        lib.bpf_map_delete_elem(self._fds["fan_outs"], key)
+    def retire_fan_out(self, fan_out: int) -> None:
+        """Takes away a fan-out that no packet can use any more; what it relayed goes to its outputs."""
         output_ids = self._outputs_of(fan_out)
         with self._folding:
             relayed = self._relayed_by(fan_out)
@@ -286,12 +327,19 @@ class Maps:
                 self._settled_outputs[output_id].relayed_packets += relayed
                 left = tuple(other for other in self._fan_outs_of.get(output_id, ()) if other != fan_out)
                 self._fan_outs_of[output_id] = left
-            self._update("fan_out_outputs", key, ffi.new("struct mcr_fan_out *"))
-        return output_ids
+            self._update("fan_out_outputs", ffi.new("__u32 *", fan_out), ffi.new("struct mcr_fan_out *"))
 
-    def fan_outs(self) -> list[int]:
-        """Those that are in place."""
-        return [fan_out for fan_out in range(1, MAX_FAN_OUTS) if self._outputs_of(fan_out)]
+    def fan_out(self, fan_out: int) -> tuple[tuple[int, int], ...]:
+        """The output_id and ifindex of each of its outputs."""
+        outputs = ffi.new("struct mcr_kernel_output *")
+        pairs = []
+        for output_id in sorted(self._outputs_of(fan_out)):
+            status = lib.bpf_map_lookup_elem(
+                self._fds["kernel_outputs"], ffi.new("__u32 *", output_id), outputs
+            )
+            _check(status, "read the map kernel_outputs")
+            pairs.append((output_id, int(outputs.ifindex)))
+        return tuple(pairs)
 
     def _outputs_of(self, fan_out: int) -> list[int]:
         value = ffi.new("struct mcr_fan_out *")
@@ -306,8 +354,9 @@ class Maps:
         return sum(per_cpu)
 
     def _list_fan_out(self, fan_out: int, output_ids: Sequence[int]) -> None:
-        for output_id in output_ids:
-            self._fan_outs_of[output_id] = (*self._fan_outs_of.get(output_id, ()), fan_out)
+        with self._folding:
+            for output_id in output_ids:
+                self._fan_outs_of[output_id] = (*self._fan_outs_of.get(output_id, ()), fan_out)
 
     def set_egress_device(self, ifindex: int, bulk: int) -> None:
         """Begins to account for what is redirected to an interface; bulk is its own, from 1 on."""
@@ -330,9 +379,15 @@ class Maps:
         """Deletes a rule; one that is not there is no error."""
         lib.bpf_map_delete_elem(self._fds["rules"], key)
 
-    def rule_keys(self) -> list[bytes]:
-        """The key of every rule in the map."""
-        return self._keys("rules", "struct mcr_rule_key")
+    def rules(self) -> dict[bytes, dict[str, int]]:
+        """Every rule in the map: the fields of its `struct mcr_rule_value`, by its key."""
+        rules = {}
+        value = ffi.new("struct mcr_rule_value *")
+        names = [name for name, _ in ffi.typeof("struct mcr_rule_value").fields]
+        for key in self._keys("rules", "struct mcr_rule_key"):
+            if lib.bpf_map_lookup_elem(self._fds["rules"], ffi.from_buffer(key), value) == 0:
+                rules[key] = {name: int(getattr(value, name)) for name in names}
+        return rules
 
     def _keys(self, name: str, struct: str) -> list[bytes]:
         keys: list[bytes] = []

@@ -1,43 +1,60 @@
-"""One instance's rules in the maps of the XDP program: the way each takes, and the switch to another.
+"""One instance's rules in the maps of the XDP program, and the switch from those in place to others.
 
-A rule of the kernel path with one output goes directly, without an egress program; with several it goes
-through a fan-out, whose egress program rewrites each clone. The kernel runs on all frames of a bulk the
-egress program that the first one asked for, so that frames of both kinds must never meet: a rule whose one
-output shares its interface with a fan-out goes through one too, and a change of way takes a step in between.
+A rule of the kernel path with one output goes to its egress interface's slot in `devices`; one with several
+goes through a fan-out, to a device map that all fan-outs by the same interfaces share. The kernel runs on all
+frames of a bulk the egress program that the first one asked for: so the slot of an interface asks for it too
+for as long as some fan-out leaves there. A rule of one output never learns of that.
+
+The work is done in a thread, because some writes wait until the kernel is through with the packets in hand.
 This module must never decide what a rule is; `desired.py` does.
 """
 
 import asyncio
 import socket
-from collections.abc import MutableMapping
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, MutableMapping
 from dataclasses import dataclass
+from typing import ParamSpec
 
 from mcr._bpf import ffi, lib
 from mcr.accounting import Resting
 from mcr.desired import IdPool, KernelOutputSpec, RuleSpec
+from mcr.errors import McrError
 from mcr.maps import MAX_EGRESS, MAX_FAN_OUTS, Maps
+from mcr.switch import plan_switch
 
-RULES_AT_ONCE = 64  # before other work of the loop gets its turn
+P = ParamSpec("P")
+Pairs = tuple[tuple[int, int], ...]
+"""The output_id and ifindex of each output of a fan-out: what it is known by."""
 
-
-def _differs(old: RuleSpec | None, new: RuleSpec) -> bool:
-    return old is not new and old != new
-
-
-def _pairs(rule: RuleSpec) -> list[tuple[int, int]]:
-    return [(output.output_id, output.ifindex) for output in rule.kernel_outputs]
+DPORT = slice(ffi.offsetof("struct mcr_rule_key", "dport"), ffi.offsetof("struct mcr_rule_key", "dport") + 2)
+SADDR = slice(ffi.offsetof("struct mcr_rule_key", "saddr"), ffi.offsetof("struct mcr_rule_key", "saddr") + 16)
 
 
-def _directly(rule: RuleSpec | None) -> bool:
-    return rule is not None and bool(rule.kernel_outputs) and not rule.fan_out
+def precedence(key: bytes) -> int:
+    """The place of a `struct mcr_rule_key` in the order of lookups (find_rule in relay_kern.c)."""
+    return 2 * (not any(key[DPORT])) + (not any(key[SADDR]))
+
+
+def _pairs(rule: RuleSpec) -> Pairs:
+    return tuple(sorted((output.output_id, output.ifindex) for output in rule.kernel_outputs))
+
+
+def _used(rules: Iterable[RuleSpec]) -> set[Pairs]:
+    return {_pairs(rule) for rule in rules if rule.fan_out}
+
+
+def _interfaces(pairs: Pairs) -> tuple[int, ...]:
+    return tuple(sorted(ifindex for _, ifindex in pairs))
 
 
 @dataclass(frozen=True, slots=True)
 class FanOut:
-    """number: in the maps. outputs: pairs of output_id and ifindex."""
+    """number: in the maps. device_set: the number of its device map."""
 
     number: int
-    outputs: list[tuple[int, int]]
+    device_set: int
 
 
 class RuleMaps:
@@ -46,120 +63,171 @@ class RuleMaps:
     def __init__(self, maps: Maps) -> None:
         self._maps = maps
         self.resting = Resting(maps)
-        self._free = IdPool(MAX_FAN_OUTS)
-        self._left = maps.fan_outs()
-        for fan_out in self._left:
-            self._free.reserve(fan_out)
-        self._fan_outs: dict[int, FanOut] = {}  # by rule_id
+        self._turn = threading.Lock()  # held in the thread, which outlives a task that is cancelled
+        self._numbers = IdPool(MAX_FAN_OUTS, "fan-out")
+        self._set_numbers = IdPool(MAX_FAN_OUTS, "device map")
+        self._fan_outs: dict[Pairs, FanOut] = {}
+        self._sets: dict[tuple[int, ...], int] = {}  # the device maps, by their interfaces
         self._bulks = {ifindex: bulk for ifindex, (bulk, _) in maps.egress_devices().items()}
+        self._asking = {ifindex for ifindex, bulk in self._bulks.items() if maps.device_program(bulk)}
+        self._left = self._adopt()
+
+    def _adopt(self) -> set[Pairs]:
+        """The fan-outs that an earlier supervisor left: a rule that is wanted as it was keeps its own."""
+        for rule in self._maps.rules().values():
+            if rule["fan_out"]:
+                pairs = self._maps.fan_out(rule["fan_out"])
+                self._fan_outs[pairs] = FanOut(rule["fan_out"], rule["device_set"])
+                self._sets[_interfaces(pairs)] = rule["device_set"]
+        for fan_out in self._fan_outs.values():
+            self._numbers.reserve(fan_out.number)
+        for number in self._sets.values():
+            self._set_numbers.reserve(number)
+        return set(self._fan_outs)
 
     async def switch(
-        self, in_place: MutableMapping[int, RuleSpec], wanted: dict[int, RuleSpec], xsk_base: int
+        self, in_place: MutableMapping[bytes, RuleSpec], wanted: Iterable[RuleSpec], xsk_base: int
     ) -> None:
-        """Makes an interface's rules, by id, what is wanted, and in_place with them.
+        """Makes an interface's rules, by key, what is wanted, and in_place with them.
 
-        Frames that go directly are stopped, or step aside, before the first fan-out begins, and begin after
-        the last one has ended. Between these each fan-out waits for what the kernel had begun.
+        Everything that a rule needs is in place before the one update that makes it count, and goes after
+        the last packet that needed it.
         """
-        for rule_id in in_place.keys() - wanted.keys():
-            self.delete(in_place.pop(rule_id))
-        changed = [rule for rule_id, rule in wanted.items() if _differs(in_place.get(rule_id), rule)]
-        direct = [rule for rule in changed if _directly(rule)]
-        others = sorted((rule for rule in changed if not _directly(rule)), key=lambda rule: rule.fan_out)
-        for rule in others:
-            before = in_place.get(rule.rule_id)
-            if before is not None and rule.fan_out and _directly(before):
-                self._put(before, before, xsk_base, step=True)
-        for number, rule in enumerate(others, 1):
-            self._put(rule, in_place.get(rule.rule_id), xsk_base)
-            in_place[rule.rule_id] = rule
-            if number % RULES_AT_ONCE == 0:
-                await asyncio.sleep(0)
-        for rule in direct:
-            before = in_place.get(rule.rule_id)
-            if before is not None and before.fan_out:
-                self._put(rule, before, xsk_base, step=True)
-                in_place[rule.rule_id] = rule
-        for number, rule in enumerate(direct, 1):
-            self._put(rule, in_place.get(rule.rule_id), xsk_base)
-            in_place[rule.rule_id] = rule
-            if number % RULES_AT_ONCE == 0:
-                await asyncio.sleep(0)
+        rules = {rule.key: rule for rule in wanted}
+        self.resting.watch(await asyncio.to_thread(self._in_turn, self._switch, in_place, rules, xsk_base))
 
-    def delete(self, rule: RuleSpec) -> None:
-        self._maps.delete_rule(ffi.from_buffer(rule.key))
-        if rule.rule_id in self._fan_outs:
-            self._retire(self._fan_outs.pop(rule.rule_id).number)
-
-    def drop_left(self) -> None:
-        """Retires what an earlier supervisor left, once its rules have been replaced or deleted."""
-        for fan_out in self._left:
-            self._retire(fan_out)
-        self._left.clear()
+    async def drop_left(self, wanted: Collection[bytes]) -> None:
+        """Takes away what an earlier supervisor left, once what is wanted, by key, has been put in place."""
+        self.resting.watch(await asyncio.to_thread(self._in_turn, self._drop_left, wanted))
 
     def watch(self) -> None:
         """The outputs of all fan-outs shall be settled as soon as they are at rest."""
-        for fan_out in self._fan_outs.values():
-            self.resting.watch(output_id for output_id, _ in fan_out.outputs)
+        for pairs in tuple(self._fan_outs):
+            self.resting.watch(output_id for output_id, _ in pairs)
 
-    def _put(self, rule: RuleSpec, before: RuleSpec | None, xsk_base: int, step: bool = False) -> None:
-        """Everything that the rule needs is in place before the one update that makes it count."""
-        old_outputs = before.kernel_outputs if before is not None else ()
-        for output in rule.kernel_outputs:
-            if output not in old_outputs:
-                self._set_output(output)
-        old_fan_out = self._fan_outs.pop(rule.rule_id, None)
+    # --- in the thread
+
+    def _in_turn(self, work: Callable[P, list[int]], *args: P.args, **kwargs: P.kwargs) -> list[int]:
+        with self._turn:
+            return work(*args, **kwargs)
+
+    def _switch(
+        self, in_place: MutableMapping[bytes, RuleSpec], wanted: dict[bytes, RuleSpec], xsk_base: int
+    ) -> list[int]:
+        """Returns the outputs of the fan-outs that were retired."""
+        steps = plan_switch(in_place, wanted, precedence)
+        self._fill_devices()
+        known = {output for rule in in_place.values() for output in rule.kernel_outputs}
+        before = _used(in_place.values())
+        needed = _used(wanted.values())
+        try:
+            for _, rule in steps:
+                for output in rule.kernel_outputs if rule is not None else ():
+                    if output not in known:
+                        self._set_output(output)
+            self._add_fan_outs(sorted(needed - self._fan_outs.keys()))
+            for key, rule in steps:
+                if rule is None:
+                    self._maps.delete_rule(ffi.from_buffer(key))
+                    del in_place[key]
+                else:
+                    self._maps.set_rule(ffi.from_buffer(key), self._fields(rule, xsk_base))
+                    in_place[key] = rule
+            self._left -= needed
+        finally:
+            concerned = (before | needed) & self._fan_outs.keys()
+            retired = self._retire(concerned - self._left - _used(in_place.values()))
+        return retired
+
+    def _drop_left(self, wanted: Collection[bytes]) -> list[int]:
+        keys = dict.fromkeys(self._maps.rules(), True)
+        for key, _ in plan_switch(keys, {key: True for key in keys if key in wanted}, precedence):
+            self._maps.delete_rule(ffi.from_buffer(key))
+        left, self._left = self._left, set()
+        return self._retire(left)
+
+    def _fields(self, rule: RuleSpec, xsk_base: int) -> dict[str, int]:
+        """Of its `struct mcr_rule_value`."""
         outputs = rule.kernel_outputs
-        fan_out = 0
-        if rule.fan_out or step:
-            self._fan_outs[rule.rule_id] = self._fan_out(_pairs(rule), old_fan_out)
-            fan_out = self._fan_outs[rule.rule_id].number
-        fields = {
+        fan_out = self._fan_outs[_pairs(rule)] if rule.fan_out else FanOut(0, 0)
+        return {
             "rule_id": rule.rule_id,
             "xsk_base": xsk_base,
             "frame_limit": rule.frame_limit,
             "flags": (lib.MCR_RULE_KERNEL if rule.kernel else 0)
             | (lib.MCR_RULE_GENERIC if rule.generic else 0),
-            "output_id": outputs[0].output_id if len(outputs) == 1 and (step or not rule.fan_out) else 0,
+            "output_id": outputs[0].output_id if len(outputs) == 1 else 0,
             "smallest_mtu": min((output.mtu for output in outputs), default=0),
-            "fan_out": fan_out,
+            "fan_out": fan_out.number,
+            "device_set": fan_out.device_set,
         }
-        self._maps.set_rule(ffi.from_buffer(rule.key), fields)
-        if before is not None and before.key != rule.key:
-            self._maps.delete_rule(ffi.from_buffer(before.key))
-        if old_fan_out is not None and old_fan_out.number != fan_out:
-            self._retire(old_fan_out.number)
 
-    def _fan_out(self, pairs: list[tuple[int, int]], old: "FanOut | None") -> "FanOut":
-        if old is not None and old.outputs == pairs:
-            return old
-        fan_out = self._free.take()
-        self._maps.create_fan_out(fan_out, pairs)
-        return FanOut(fan_out, pairs)
+    def _add_fan_outs(self, wanted: list[Pairs]) -> None:
+        """The slots of their interfaces ask for the egress program first: writing a device map then waits for
+        the last packet that had not asked, before the first clone goes."""
+        new_sets = {_interfaces(pairs) for pairs in wanted} - self._sets.keys()
+        for ifindex in sorted({ifindex for each in new_sets for ifindex in each} - self._asking):
+            self._maps.set_device(self._bulk(ifindex), ifindex, asks=True)
+            self._asking.add(ifindex)
+        numbers = {interfaces: self._set_numbers.take() for interfaces in sorted(new_sets)}
+        self._sets |= numbers
+        self._maps.put_device_sets({number: interfaces for interfaces, number in numbers.items()})
+        for pairs in wanted:
+            fan_out = FanOut(self._numbers.take(), self._sets[_interfaces(pairs)])
+            self._fan_outs[pairs] = fan_out
+            self._maps.put_fan_out(fan_out.number, pairs)
 
-    def _retire(self, fan_out: int) -> None:
-        self.resting.watch(self._maps.retire_fan_out(fan_out))
-        self._free.give(fan_out)
+    def _retire(self, unused: Collection[Pairs]) -> list[int]:
+        """Takes away fan-outs that no rule names any more. Returns their outputs."""
+        gone = {pairs: self._fan_outs.pop(pairs) for pairs in unused}
+        users = Counter(_interfaces(pairs) for pairs in self._fan_outs)
+        idle = {interfaces: self._sets.pop(interfaces) for interfaces in set(self._sets) - users.keys()}
+        if not gone and not idle:
+            return []
+        self._maps.put_device_sets(dict.fromkeys(idle.values(), ()) or {0: ()})  # waits for the last packet
+        for number in idle.values():
+            self._set_numbers.give(number)
+        for fan_out in gone.values():
+            self._maps.retire_fan_out(fan_out.number)
+            self._numbers.give(fan_out.number)
+        still = {ifindex for interfaces in self._sets for ifindex in interfaces}
+        for ifindex in self._asking - still:
+            self._maps.set_device(self._bulks[ifindex], ifindex, asks=False)
+        self._asking &= still
+        return [output_id for pairs in gone for output_id, _ in pairs]
+
+    # --- egress interfaces
 
     def _set_output(self, output: KernelOutputSpec) -> None:
         fields: dict[str, int | bytes] = {**output.fields(), "bulk": self._bulk(output.ifindex)}
         self._maps.set_kernel_output(output.output_id, fields)
 
     def _bulk(self, ifindex: int) -> int:
-        """The interface's own number; 0, which accounts for nothing, if there are none left."""
+        """The interface's own number, with its slot in `devices`."""
         if ifindex in self._bulks:
             return self._bulks[ifindex]
         if len(self._bulks) == MAX_EGRESS - 1:
             self._forget_gone()
         used = set(self._bulks.values())
         free = next((bulk for bulk in range(1, MAX_EGRESS) if bulk not in used), 0)
-        if free:
-            self._maps.set_egress_device(ifindex, free)
-            self._bulks[ifindex] = free
+        if not free:
+            raise McrError(
+                f"more than {MAX_EGRESS - 1} egress interfaces of the kernel path",
+                "choose --path worker for some, or share them out among several instances",
+            )
+        self._maps.set_egress_device(ifindex, free)
+        self._maps.set_device(free, ifindex, asks=False)
+        self._bulks[ifindex] = free
         return free
+
+    def _fill_devices(self) -> None:
+        """The kernel empties the slot of an interface that goes; it may be back, with the same ifindex."""
+        for ifindex, bulk in self._bulks.items():
+            if self._maps.device_program(bulk) is None:
+                self._maps.set_device(bulk, ifindex, asks=ifindex in self._asking)
 
     def _forget_gone(self) -> None:
         present = {ifindex for ifindex, _ in socket.if_nameindex()}
-        for ifindex in self._bulks.keys() - present:
+        for ifindex in self._bulks.keys() - present - self._asking:
             self._maps.delete_egress_device(ifindex)
             del self._bulks[ifindex]

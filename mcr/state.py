@@ -4,6 +4,7 @@ Written aside, synced, and put in place by one rename, before the command is ans
 foreign is set aside, never guessed at and never fatal. This module must never decide whether a rule is right.
 """
 
+import contextlib
 import logging
 import os
 import time
@@ -26,9 +27,8 @@ def state_path(instance: str) -> Path:
     return Path(os.environ.get("MCR_STATE_DIR") or "/var/lib/mcr") / instance / "rules.toml"
 
 
-def save_rules(instance: str, rules: Iterable[Rule]) -> None:
-    """Makes the file hold exactly these rules. Raises McrError, and then the old file is still there."""
-    path = state_path(instance)
+def stage_rules(instance: str, rules: Iterable[Rule]) -> None:
+    """Writes a file of exactly these rules aside, synced. Raises McrError, and then leaves nothing."""
     tables = [
         {
             "name": rule.name,
@@ -38,29 +38,48 @@ def save_rules(instance: str, rules: Iterable[Rule]) -> None:
         }
         for rule in rules
     ]
+    path = state_path(instance)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, (HEADER + tomli_w.dumps({"rule": tables})).encode())
+        with _staged_path(instance).open("wb") as file:
+            file.write((HEADER + tomli_w.dumps({"rule": tables})).encode())
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
-        raise McrError(
-            f"the rules cannot be saved in {path}: {error.strerror}",
-            "make room or set MCR_STATE_DIR to another directory, or use: mcr rule add --temporary",
-        ) from error
+        drop_staged(instance)
+        raise _not_saved(path, error) from error
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """A crash at any moment leaves the old file or the new one (rename(2), fsync(2))."""
-    new = path.with_suffix(".new")
-    with new.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+def put_rules(instance: str) -> None:
+    """Puts the staged file in place. A crash at any moment leaves the old file or the new one (rename(2),
+    fsync(2)). Raises McrError, and then the old file is still there."""
+    path = state_path(instance)
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        _staged_path(instance).rename(path)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise _not_saved(path, error) from error
+
+
+def drop_staged(instance: str) -> None:
+    """Removes what was staged, if anything was."""
+    with contextlib.suppress(OSError):
+        _staged_path(instance).unlink()
+
+
+def _staged_path(instance: str) -> Path:
+    return state_path(instance).with_suffix(".new")
+
+
+def _not_saved(path: Path, error: OSError) -> McrError:
+    return McrError(
+        f"the rules cannot be saved in {path}: {error.strerror}",
+        "make room or set MCR_STATE_DIR to another directory, or use: mcr rule add --temporary",
+    )
 
 
 def load_rules(instance: str) -> dict[str, Rule]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from mcr import keep, loader
-from mcr._bpf import ffi
 from mcr.accounting import settle_worker
 from mcr.attached import AttachedInterface
 from mcr.config import Attachment, Config, load_config
@@ -27,7 +26,7 @@ from mcr.membership import MembershipWorker
 from mcr.netlink import LinkMonitor
 from mcr.rule import InterfaceFacts, Rule, rule_faults
 from mcr.rule_maps import RuleMaps
-from mcr.state import load_rules, save_rules, set_aside
+from mcr.state import drop_staged, load_rules, put_rules, set_aside, stage_rules
 from mcr.tap import Tap
 
 RETRY_INTERVAL_S = 5.0
@@ -111,8 +110,8 @@ class Supervisor:
         self._monitor = LinkMonitor(self._links_changed)
         self._ids = Ids()
         self._realiser = Realiser()
-        self._bases = IdPool(MAX_INTERFACES + 1)
-        self._slots = IdPool(MAX_WORKERS + 1)
+        self._bases = IdPool(MAX_INTERFACES + 1, "interface")
+        self._slots = IdPool(MAX_WORKERS + 1, "worker")
         self._turn = asyncio.Lock()
         self._stack = contextlib.AsyncExitStack()
         self._background: set[asyncio.Task[None]] = set()
@@ -153,7 +152,7 @@ class Supervisor:
             stack.push_async_callback(self._stop)
             await self._start_config()
             if adopted:
-                self._drop_unwanted()
+                await self._drop_unwanted()
             self._in_background(self._retry(), "mcr-retry")
             self._in_background(self._watch_queues(), "mcr-queues")
             self._in_background(self._settle(), "mcr-settle")
@@ -182,14 +181,10 @@ class Supervisor:
             loader.unload(self.instance)
             keep.forget(self.instance)
 
-    def _drop_unwanted(self) -> None:
+    async def _drop_unwanted(self) -> None:
         """Takes away what the earlier supervisor had and this one does not want."""
         in_place = [rule for interface in self.attached.values() for rule in interface.map_rules]
-        wanted = {rule.key for rule in in_place}
-        for key in self.maps.rule_keys():
-            if key not in wanted:
-                self.maps.delete_rule(ffi.from_buffer(key))
-        self.rule_maps.drop_left()
+        await self.rule_maps.drop_left({rule.key for rule in in_place})
         attached = {self.facts[name].ifindex for name in self.attached if name in self.facts}
         loader.drop_links(self.instance, but=attached)
 
@@ -280,8 +275,9 @@ class Supervisor:
     async def reload(self) -> None:
         """Reads the files again and applies the difference; a wrong file changes nothing."""
         with self.reloads.counted():
-            config = await asyncio.to_thread(load_config, self.config_paths)
-            await self._change(lambda new: _take_config(new, config))
+            async with self._turn:  # of two at once, the later one reads the later files
+                config = await asyncio.to_thread(load_config, self.config_paths)
+                await self._change_in_turn(lambda new: _take_config(new, config))
 
     # --- desired to actual
 
@@ -294,18 +290,29 @@ class Supervisor:
         faults.check()
 
     async def _change(self, edit: Callable[[DesiredState], None]) -> None:
-        """All of what edit makes of the state, or the old state again if something in that cannot be done."""
         async with self._turn:
-            old, new = self.state, self.state.copy()
-            edit(new)
-            await asyncio.to_thread(self._check, new)
-            try:
-                await self._apply(new)
-                if _lasting(new) != _lasting(old):
-                    await asyncio.to_thread(save_rules, self.instance, _lasting(new).values())
-            except BaseException:
-                await self._apply(old, quietly=True)
-                raise
+            await self._change_in_turn(edit)
+
+    async def _change_in_turn(self, edit: Callable[[DesiredState], None]) -> None:
+        """All of what edit makes of the state, or the old state again if something in that cannot be done.
+
+        The ids are then those of before too, so that going back touches nothing that was to stay as it is.
+        """
+        old, new, ids = self.state, self.state.copy(), self._ids
+        edit(new)
+        await asyncio.to_thread(self._check, new)
+        saves = _lasting(new) != _lasting(old)
+        if saves:  # first, because it is what a full disk refuses
+            await asyncio.to_thread(stage_rules, self.instance, _lasting(new).values())
+        try:
+            await self._apply(new)
+            if saves:
+                await asyncio.to_thread(put_rules, self.instance)
+        except BaseException:
+            drop_staged(self.instance)
+            self._ids = ids
+            await self._apply(old, quietly=True)
+            raise
 
     async def _apply(self, state: DesiredState, quietly: bool = False) -> None:
         """Puts a state in place. quietly: what cannot be done is logged and waits instead of raising."""
@@ -313,7 +320,7 @@ class Supervisor:
         rules = list(state.rules.values())
         before = lookups_needed([each.rule.stream for each in self.desired.rules.values()])
         needed = lookups_needed([rule.stream for rule in rules])
-        await self._assign_ids(rules)
+        await self._assign_ids(rules, quietly)
         await self._attach_interfaces(state, quietly)
         self.desired = await asyncio.to_thread(
             self._realiser.realise, rules, state.attachments, self.facts, self._ids
@@ -325,16 +332,21 @@ class Supervisor:
         self.maps.set_lookups(needed)
         await self.membership.set(self.desired.memberships)
 
-    async def _assign_ids(self, rules: Sequence[Rule]) -> None:
-        new_rules, new_outputs = self._ids.assign(rules)
-        self.rule_maps.resting.forget(new_rules, new_outputs)
-        for clear, numbers in ((self.maps.clear_rule, new_rules), (self.maps.clear_output, new_outputs)):
+    async def _assign_ids(self, rules: Sequence[Rule], quietly: bool) -> None:
+        before, assigned = self._ids, self._ids.assign(rules)
+        self._ids = assigned.ids
+        self.rule_maps.resting.forget(assigned.new_rules, assigned.new_outputs)
+        for clear, numbers in (
+            (self.maps.clear_rule, assigned.new_rules),
+            (self.maps.clear_output, assigned.new_outputs),
+        ):
             for count, number in enumerate(numbers, 1):
                 clear(number)
                 if count % IDS_AT_ONCE == 0:
                     await asyncio.sleep(0)
-        if self.keep:
-            keep.save_ids(self.instance, self._ids)
+        if self.keep and not self._ids.equal(before):
+            with _logging_errors(keep.ids_path(self.instance).name, quietly):
+                keep.save_ids(self.instance, self._ids)
 
     async def _attach_interfaces(self, state: DesiredState, quietly: bool) -> None:
         for name, interface in list(self.attached.items()):

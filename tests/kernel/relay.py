@@ -168,7 +168,10 @@ class Relay:
         self.maps.set_lookups(lookups_needed([each for each, _ in self._rules.values()]))
 
     def set_output(self, output_id: int, fields: dict[str, int | bytes]) -> None:
-        """fields: those of `struct mcr_kernel_output`."""
+        """fields: those of `struct mcr_kernel_output`. Its interface has the slot of bulk 0, where a frame
+        counts as sent at once: nothing is flushed here."""
+        if fields.get("ifindex"):
+            self.maps.set_device(0, int(fields["ifindex"]), asks=False)
         self.maps.set_kernel_output(output_id, fields)
         self._outputs.add(output_id)
 

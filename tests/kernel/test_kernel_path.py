@@ -39,7 +39,7 @@ from tests.kernel.packets import (
 from tests.kernel.relay import Counted, Relay, Sent, Verdict
 
 RULE, OUTPUT, OTHER_OUTPUT = 7, 8191, 1  # the highest output_id there is
-FAN_OUT = 4159  # the highest there is
+FAN_OUT, DEVICE_SET = 8191, 8190  # the highest there are
 PAYLOAD = b"seventeen bytes!!"
 LARGE = 20_000
 NEW_MACS = bytes.fromhex("01005e020202 020000000b0b")
@@ -585,9 +585,12 @@ def test_a_rule_of_several_outputs_hands_the_frame_on_untouched_with_metadata(
     outputs = [(OUTPUT, relay.ifindex), (OTHER_OUTPUT, relay.other_ifindex)]
     for output_id, ifindex in outputs:
         relay.set_output(output_id, output(relay, family, ifindex=ifindex))
-    relay.maps.create_fan_out(FAN_OUT, outputs)
+    relay.maps.put_fan_out(FAN_OUT, outputs)
+    relay.maps.put_device_sets({DEVICE_SET: [ifindex for _, ifindex in outputs]})
     try:
-        relay.add_kernel_rule(RULE, stream(family), 0, smallest_mtu=LARGE, fan_out=FAN_OUT)
+        relay.add_kernel_rule(
+            RULE, stream(family), 0, smallest_mtu=LARGE, fan_out=FAN_OUT, device_set=DEVICE_SET
+        )
         result = relay.run(PACKET[family].frame())
     finally:
         relay.maps.retire_fan_out(FAN_OUT)
@@ -602,9 +605,10 @@ def test_a_frame_that_the_kernel_leaves_out_is_counted_as_too_large_by_those_out
     outputs = [(OUTPUT, relay.ifindex), (OTHER_OUTPUT, relay.other_ifindex)]
     for (output_id, ifindex), mtu in zip(outputs, (1000, 1500), strict=True):
         relay.set_output(output_id, output(relay, 4, ifindex=ifindex, mtu=mtu))
-    relay.maps.create_fan_out(FAN_OUT, outputs)
+    relay.maps.put_fan_out(FAN_OUT, outputs)
+    relay.maps.put_device_sets({DEVICE_SET: [ifindex for _, ifindex in outputs]})
     try:
-        relay.add_kernel_rule(RULE, stream(4), 0, smallest_mtu=1000, fan_out=FAN_OUT)
+        relay.add_kernel_rule(RULE, stream(4), 0, smallest_mtu=1000, fan_out=FAN_OUT, device_set=DEVICE_SET)
         for size in (1000 - 28, 1000 - 28 + 4):  # the egress program counts what is longer by up to a tag
             relay.run(replace(PACKET[4], payload=bytes(size)).frame())
         assert (relay.sent(OUTPUT), relay.sent(OTHER_OUTPUT)) == (Sent(), Sent())

@@ -28,7 +28,8 @@ from mcr.desired import (
     share_cpus,
     share_queues,
 )
-from mcr.maps import rule_key
+from mcr.errors import McrError
+from mcr.maps import MAX_OUTPUTS, MAX_RULES, rule_key
 from mcr.membership import Membership
 from mcr.rule import InterfaceFacts, PathChoice, Rule
 from mcr.stream import parse_output, parse_stream
@@ -58,8 +59,7 @@ def make(name: str, stream: str, *outputs: str, path: PathChoice = "auto") -> Ru
 def desire(
     *rules: Rule, interfaces: Mapping[str, InterfaceFacts] = INTERFACES, ids: Ids | None = None
 ) -> Desired:
-    ids = ids or Ids()
-    ids.assign(rules)
+    ids = (ids or Ids()).assign(rules).ids
     return realise(rules, ATTACHED, interfaces, ids)
 
 
@@ -121,9 +121,7 @@ def test_a_kernel_path_rule_has_its_outputs_in_the_map_and_none_at_the_worker() 
         saddr=mapped("10.0.0.9"), daddr=mapped("239.2.2.3"),
     )  # fmt: skip
     assert spec.rules == {
-        1: RuleSpec(
-            1, key(CAM), 1522, kernel=True, generic=False, kernel_outputs=(first, second), fan_out=True
-        )
+        1: RuleSpec(1, key(CAM), 1522, kernel=True, generic=False, kernel_outputs=(first, second))
     }
     state = desired.rules["cam"]
     assert (state.path, state.reason, state.pending) == ("kernel", "nothing stands against it", "")
@@ -260,12 +258,15 @@ def test_what_is_unchanged_keeps_its_ids() -> None:
     ids = Ids()
     kept = make("kept", CAM, "239.2.2.2%out0:6000", "239.2.2.3%out1:6000")
     gone = make("gone", "239.1.1.2%in0:5000", "239.2.2.2%out0:6001")
-    assert ids.assign([kept, gone]) == ([1, 2], [1, 2, 3])
-    assert ids.assign([kept, gone]) == ([], [])
+    first = ids.assign([kept, gone])
+    assert (first.new_rules, first.new_outputs) == ([1, 2], [1, 2, 3])
+    again = first.ids.assign([kept, gone])
+    assert (again.new_rules, again.new_outputs) == ([], [])
     changed = make("kept", CAM, "239.2.2.4%out0:6000", "239.2.2.3%out1:6000")
     new = make("new", "239.1.1.3%in0:5000", "239.2.2.2%out0:6002")
-    assert ids.assign([changed, new]) == ([3], [4, 5])
-    desired = realise([changed, new], ATTACHED, INTERFACES, ids)
+    second = again.ids.assign([changed, new])
+    assert (second.new_rules, second.new_outputs) == ([3], [4, 5])
+    desired = realise([changed, new], ATTACHED, INTERFACES, second.ids)
     specs = desired.interfaces["in0"].rules
     assert {rule_id: [each.output_id for each in specs[rule_id].kernel_outputs] for rule_id in specs} == {
         1: [4, 2],
@@ -273,16 +274,80 @@ def test_what_is_unchanged_keeps_its_ids() -> None:
     }
 
 
+def test_a_rule_that_is_only_renamed_takes_its_ids_along() -> None:
+    outputs = ("239.2.2.2%out0:6000", "239.2.2.3%out1:6000")
+    before = Ids().assign([make("a", CAM, *outputs), make("b", "239.1.1.2%in0:5000", *outputs)]).ids
+    renamed = before.assign([make("c", CAM, *outputs), make("b", "239.1.1.2%in0:5000", *outputs)])
+    assert (renamed.new_rules, renamed.new_outputs) == ([], [])
+    assert renamed.ids.rules == {"c": 1, "b": 2}
+    assert {key[0]: number for key, number in renamed.ids.outputs.items()} == {"c": 2, "b": 4}
+    swapped = renamed.ids.assign([make("b", CAM, *outputs), make("c", "239.1.1.2%in0:5000", *outputs)])
+    assert swapped.ids.rules == {"c": 1, "b": 2}  # both names are still there: ids follow these
+
+
+@pytest.mark.parametrize("changed", ["input", "output", "still there"])
+def test_a_new_name_with_anything_else_new_has_new_ids(changed: str) -> None:
+    old = make("a", CAM, "239.2.2.2%out0:6000")
+    stream = "239.1.1.9%in0:5000" if changed != "output" else CAM
+    new = make("b", stream, "239.2.2.9%out0:6000" if changed == "output" else "239.2.2.2%out0:6000")
+    wanted = [old, new] if changed == "still there" else [new]
+    assigned = Ids().assign([old]).ids.assign(wanted)
+    assert (assigned.new_rules, assigned.new_outputs) == ([2], [2])
+
+
+def test_assigning_changes_nothing_of_the_ids_of_before() -> None:
+    old, new = make("old", CAM, "239.2.2.2%out0:6000"), make("new", CAM, "239.2.2.3%out0:6000")
+    before = Ids().assign([old]).ids
+    for _ in range(3):
+        after = before.assign([new])
+        assert (after.ids.rules, after.new_rules, after.new_outputs) == ({"new": 2}, [2], [2])
+        assert (before.rules, list(before.outputs.values())) == ({"old": 1}, [1])
+        assert before.assign([old]).new_rules == []
+    assert after.ids.assign([new, old]).new_rules == [3]  # the id of a rule that is gone comes last
+
+
+def many(first: int, count: int, outputs: int = 1, ttl: int = 8) -> list[Rule]:
+    return [
+        make(f"r{n}", f"239.9.{n >> 8}.{n & 255}%in0:5000", *(
+            f"239.2.2.2%out0:{6000 + output},ttl={ttl}" for output in range(outputs)
+        ))
+        for n in range(first, first + count)
+    ]  # fmt: skip
+
+
+def test_an_id_is_never_given_out_in_the_change_that_frees_it() -> None:
+    ids = Ids().assign(many(0, MAX_RULES - 2)).ids
+    one_more = ids.assign(many(1, MAX_RULES - 2))
+    assert one_more.new_rules == [MAX_RULES - 1]
+    with pytest.raises(McrError, match="no number for another rule is left: all 4095 are in use"):
+        ids.assign(many(2, MAX_RULES - 2))
+    assert one_more.ids.assign(many(2, MAX_RULES - 2)).new_rules == [1]
+
+
+def test_all_outputs_of_a_full_relay_can_change_at_once() -> None:
+    ids = Ids().assign(many(0, 2000, outputs=4)).ids
+    changed = ids.assign(many(0, 2000, outputs=4, ttl=9))
+    used = list(changed.ids.outputs.values())
+    assert len(set(used)) == len(used) == 8000
+    fresh = MAX_OUTPUTS - 1 - 8000
+    assert sorted(changed.new_outputs) == list(range(8001, 8001 + fresh // 4 * 4))
+    for rule in many(0, 2000, outputs=4, ttl=9)[fresh // 4 :]:
+        of_rule = {number for key, number in changed.ids.outputs.items() if key[0] == rule.name}
+        assert of_rule == {number for key, number in ids.outputs.items() if key[0] == rule.name}
+        break  # one tells: looking through all takes long
+
+
 def test_a_rule_that_changes_its_path_keeps_its_ids() -> None:
     ids = Ids()
     for path in ("kernel", "worker", "kernel"):
         rule = make("cam", CAM, "239.2.2.2%out0:6000", "239.2.2.3%out1:6000", path=path)
+        ids = ids.assign([rule]).ids
         state = desire(rule, ids=ids).rules["cam"]
         assert (state.path, state.rule_id, [each.output_id for each in state.outputs]) == (path, 1, [1, 2])
 
 
 def test_the_id_that_was_freed_the_longest_ago_is_given_out_first() -> None:
-    pool = IdPool(4)
+    pool = IdPool(4, "rule")
     assert [pool.take(), pool.take()] == [1, 2]
     pool.give(2)
     pool.give(1)
@@ -319,23 +384,6 @@ def test_cpus_are_taken_in_turn_across_all_threads() -> None:
     assert share_cpus((4, 0, 1), 2, 2) == [(4, 0), (1, 4)]
 
 
-def test_one_output_beside_a_fan_out_on_its_interface_goes_through_a_fan_out_too() -> None:
-    rules = [
-        make("one", "239.1.1.1%in0:5000", "239.2.0.1%out0:6000"),
-        make("apart", "239.1.1.2%in0:5000", "239.2.0.2%out1:6000"),
-        make("worker", "239.1.1.3%in0:5000", "10.2.0.2:6000"),
-    ]
-    ids = Ids()
-    ids.assign(rules)
-    alone = realise(rules, ATTACHED, INTERFACES, ids).interfaces["in0"].rules
-    assert not any(rule.fan_out for rule in alone.values())
-    rules.append(make("many", "239.1.1.4%in0:5000", "239.2.0.4%out0:6000", "239.2.0.4%out1:6000"))
-    ids.assign(rules)
-    specs = realise(rules, ATTACHED, INTERFACES, ids).interfaces["in0"].rules
-    marked = {name for name, rule_id in ids.rules.items() if specs[rule_id].fan_out}
-    assert marked == {"one", "apart", "many"}
-
-
 def test_a_realiser_remembers_but_never_what_is_no_longer_so() -> None:
     chance = random.Random(7)
     realiser, ids = Realiser(), Ids()
@@ -352,7 +400,7 @@ def test_a_realiser_remembers_but_never_what_is_no_longer_so() -> None:
         if chance.random() < 0.2:
             del interfaces["in0"]
         attached = ATTACHED if chance.random() < 0.8 else {}
-        ids.assign(rules)
+        ids = ids.assign(rules).ids
         if chance.random() < 0.2:
             continue  # as when something fails between the two
         remembered = realiser.realise(rules, attached, interfaces, ids)

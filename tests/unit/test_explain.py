@@ -53,8 +53,7 @@ def states(
     *rules: tuple[str, str], outputs: Sequence[str] = (OUT,), interfaces: dict[str, InterfaceFacts] = FACTS
 ) -> dict[str, RuleState]:
     made = [Rule(name, parse_stream(stream), tuple(map(parse_output, outputs))) for name, stream in rules]
-    ids = Ids()
-    ids.assign(made)
+    ids = Ids().assign(made).ids
     return realise(made, {"in0": Attachment("in0")}, interfaces, ids).rules
 
 

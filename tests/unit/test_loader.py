@@ -240,6 +240,7 @@ def test_bpftool_prints_rules_by_the_names_of_their_fields(instance: str) -> Non
             "smallest_mtu": 0,
             "partial_seen": 0,
             "fan_out": 0,
+            "device_set": 0,
         },
     }
     plain = subprocess.run(
@@ -272,7 +273,7 @@ def test_bpftool_names_the_program_and_its_maps(instance: str) -> None:
     used = {bpftool("map", "show", "id", str(number))["name"] for number in program["map_ids"]}
     both = {"rules", "settings", "rule_stats", "fragments", "traced"}
     kernel_path = {"kernel_outputs", "output_stats", "bulks", "scratch"}
-    fan_outs = {"fan_outs", "fan_out_outputs", "fan_out_relayed"}
+    fan_outs = {"devices", "device_sets", "fan_out_outputs", "fan_out_relayed"}
     assert used == {*both, *kernel_path, *fan_outs, "xsks", "hands"}
 
 
