@@ -5,17 +5,13 @@
  * Python reads this file through cffi, which knows no preprocessor: constants are enums, and a line
  * that starts with '#' or with _Static_assert is invisible to it. Addresses are 16 bytes, IPv4 as
  * v4-mapped IPv6 (RFC 4291 section 2.5.5.2). Ports are in host byte order unless a name says otherwise.
+ * MCR_ABI_VERSION is a hash over all of this and the maps of relay_kern.c, made by the build (mcr/abi.py): pinned
+ * state and workers of another version are refused, never guessed at.
  */
 #ifndef MCR_RELAY_ABI_H
 #define MCR_RELAY_ABI_H
 
 #include <linux/types.h>
-
-/* Bumped whenever a struct, a limit or the meaning of a field changes: pinned state of another
- * version is refused, never guessed at. */
-enum mcr_version {
-	MCR_ABI_VERSION = 6,
-};
 
 enum mcr_limit {
 	MCR_MAX_RULES = 4096,	  /* rule_id 1 .. MCR_MAX_RULES - 1; 0 means none */

@@ -11,7 +11,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from mcr.abi import BPF_DIR, abi_cdef, without_preprocessor  # noqa: E402
+from mcr.abi import BPF_DIR, abi_cdef, abi_flags, without_preprocessor  # noqa: E402
 
 LIBBPF_CALLS = """
 int bpf_obj_get(const char *path);
@@ -47,8 +47,9 @@ ffibuilder.set_source(
         "-Wextra",
         "-Werror",
         "-Wno-missing-field-initializers",
+        *abi_flags(),
     ],
-    depends=[str(BPF_DIR / "relay_abi.h"), str(HERE / "bpf_calls.h")],
+    depends=[str(BPF_DIR / "relay_abi.h"), str(BPF_DIR / "relay_kern.c"), str(HERE / "bpf_calls.h")],
 )
 
 if __name__ == "__main__":

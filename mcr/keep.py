@@ -72,15 +72,16 @@ def is_forwarding(instance: str) -> bool:
 def check_layout(instance: str) -> None:
     """Raises McrError unless the pinned state has this version's layout."""
     found = _pinned_version(instance)
-    if found == lib.MCR_ABI_VERSION:
+    own = f"{lib.MCR_ABI_VERSION:08x}"
+    if found == own:
         return
     raise McrError(
-        f"instance {instance} forwards with layout version {found}, and this MCR has {lib.MCR_ABI_VERSION}",
+        f"instance {instance} forwards with layout {found}, and this MCR has {own}",
         "mcr run --replace, which interrupts forwarding, or run the MCR that it belongs to",
     )
 
 
-def _pinned_version(instance: str) -> int | str:
+def _pinned_version(instance: str) -> str:
     try:
         fd = loader.open_pin(instance, "settings")
     except McrError:
@@ -89,6 +90,6 @@ def _pinned_version(instance: str) -> int | str:
         value = ffi.new("char[]", LARGEST_SETTINGS)
         if lib.bpf_map_lookup_elem(fd, ffi.new("__u32 *", 0), value) < 0:
             return "unknown"
-        return int(ffi.cast("struct mcr_settings *", value).abi_version)
+        return f"{ffi.cast('struct mcr_settings *', value).abi_version:08x}"
     finally:
         os.close(fd)

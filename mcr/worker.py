@@ -27,7 +27,7 @@ REPLY_TIMEOUT_S = 3.0
 SETUP_TIMEOUT_S = 10.0
 SHUTDOWN_TIMEOUT_S = 1.5
 EXIT_TIMEOUT_S = 0.5
-HELLO = f"mcr {__version__} ABI {lib.MCR_ABI_VERSION}"  # the first message of a worker of the same version
+HELLO = f"mcr {__version__} ABI {lib.MCR_ABI_VERSION:08x}"  # the first message of a worker like us
 COMMAND = (sys.executable, "-m", "mcr.uring_egress")
 
 log = logging.getLogger(__name__)

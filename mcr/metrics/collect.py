@@ -73,7 +73,8 @@ class RelayCollector(Collector):
         self._client_count = client_count
 
     def collect(self) -> Iterator[Metric]:
-        build = {"version": version("mcr"), "kernel": os.uname().release, "abi": str(lib.MCR_ABI_VERSION)}
+        abi = f"{lib.MCR_ABI_VERSION:08x}"
+        build = {"version": version("mcr"), "kernel": os.uname().release, "abi": abi}
         yield InfoMetricFamily("mcr_build", "What runs, on which kernel; 1.", build)
         clients = self._client_count()
         yield GaugeMetricFamily("mcr_control_clients", "Clients connected to the control socket.", clients)

@@ -15,7 +15,7 @@ from mcr.uring_egress._core import ffi, lib
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor, which then shuts us down
     try:
-        os.write(int(sys.argv[1]), f"mcr {__version__} ABI {lib.MCR_ABI_VERSION}".encode())
+        os.write(int(sys.argv[1]), f"mcr {__version__} ABI {lib.MCR_ABI_VERSION:08x}".encode())
     except OSError:
         os._exit(1)  # the supervisor is gone
     message = ffi.new("char[]", 256)

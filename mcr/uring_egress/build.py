@@ -11,7 +11,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from mcr.abi import BPF_DIR, abi_cdef, without_preprocessor  # noqa: E402
+from mcr.abi import BPF_DIR, abi_cdef, abi_flags, without_preprocessor  # noqa: E402
 
 SOURCES = (
     "worker",
@@ -61,9 +61,11 @@ ffibuilder.set_source(
         "-Werror",
         "-D_GNU_SOURCE",
         "-Wno-missing-field-initializers",
+        *abi_flags(),
     ],
     depends=[
         str(BPF_DIR / "relay_abi.h"),
+        str(BPF_DIR / "relay_kern.c"),
         str(BPF_DIR / "relay_parse.h"),
         str(HERE / "core.h"),
         str(HERE / "threads.h"),

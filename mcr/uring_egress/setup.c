@@ -21,7 +21,7 @@ static int check_setup(struct worker *worker)
 	uint32_t wanted_fds = COUNTER_FDS + (setup->ingress == MCR_INGRESS_PACKET);
 
 	if (setup->abi_version != MCR_ABI_VERSION)
-		return worker_fail(worker, EPROTO, "the supervisor speaks version %u, the worker version %u",
+		return worker_fail(worker, EPROTO, "the supervisor has layout %08x, the worker %08x",
 				   setup->abi_version, MCR_ABI_VERSION);
 	if (setup->ingress != MCR_INGRESS_XSK && setup->ingress != MCR_INGRESS_PACKET)
 		return worker_fail(worker, EINVAL, "unknown ingress %u", setup->ingress);

@@ -12,7 +12,7 @@ from typing import Literal
 
 import pytest
 
-from mcr.abi import BPF_DIR, ROOT
+from mcr.abi import BPF_DIR, ROOT, abi_flags
 from mcr.maps import Maps
 from mcr.uring_egress.build import SOURCES
 from mcr.worker import HELLO
@@ -30,7 +30,7 @@ Ingress = Literal["xsk", "packet"]
 def build_worker(sanitizers: str, directory: Path) -> Path:
     """Compiles the core, its files side by side, with these sanitizers."""
     flags = ["-g", "-O1", "-D_GNU_SOURCE", "-DMCR_NO_SYSTEM_CALL_FILTER", f"-fsanitize={sanitizers}"]
-    flags += ["-fno-sanitize-recover=all", f"-I{CORE}", f"-I{BPF_DIR}", "-pthread"]
+    flags += ["-fno-sanitize-recover=all", f"-I{CORE}", f"-I{BPF_DIR}", "-pthread", *abi_flags()]
     sources = [ROOT / "tests/c/worker.c", *(CORE / f"{name}.c" for name in SOURCES)]
     objects = [directory / f"{source.parent.name}-{source.stem}.o" for source in sources]
     compilers = [

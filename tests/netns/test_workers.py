@@ -299,7 +299,7 @@ def test_a_worker_of_another_version_is_refused_with_both_named(monkeypatch: pyt
         finally:
             process.kill()
             await process.end()
-        own = f"mcr {mcr.__version__} ABI {lib.MCR_ABI_VERSION}"
+        own = f"mcr {mcr.__version__} ABI {lib.MCR_ABI_VERSION:08x}"
         cause = f"the worker is {own}, but the supervisor is mcr 99.0.0 ABI 99"
         assert refused.value == McrError(cause, "restart the supervisor")
 
