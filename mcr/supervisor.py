@@ -7,6 +7,7 @@ option; it says what shall be, and to whom.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import time
@@ -157,6 +158,7 @@ class Supervisor:
             self._in_background(self._watch_queues(), "mcr-queues")
             self._in_background(self._settle(), "mcr-settle")
             self._stack = stack.pop_all()
+        gc.freeze()  # what a start makes stays: looking through it held the loop for 50 ms with 2,000 rules
         return self
 
     async def __aexit__(self, *_: object) -> None:
