@@ -416,6 +416,7 @@ int pipes_command(struct worker *worker, int fd)
 
 	if (worker->command.type == MCR_SET_RULE)
 		note_threads(pipes, &worker->command.rule);
+	worker->acks_awaited = pipes->count; /* before the waits below, in which the first may come */
 	for (uint32_t i = 0; i < pipes->count && !status; i++) {
 		struct pipe *pipe = &pipes->to[i];
 
@@ -429,6 +430,5 @@ int pipes_command(struct worker *worker, int fd)
 		if (!status)
 			status = write_pipe(worker, i, PIPE_OWING);
 	}
-	worker->acks_awaited = pipes->count;
 	return status;
 }
