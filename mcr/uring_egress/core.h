@@ -49,6 +49,7 @@ enum {
 	COMMAND_FDS = 6,
 	CACHE_LINE_BYTES = 64,
 	MESSAGE_BYTES = 128,
+	GSO_RETRY_S = 10, /* after segments were refused, until they are tried again */
 	NONE = UINT32_MAX,
 };
 
@@ -131,8 +132,10 @@ struct send {
 
 struct output {
 	bool known;
-	uint32_t flags;	    /* enum mcr_output_flag */
-	uint32_t gso_limit; /* larger payloads go one by one, for the kernel to fragment */
+	uint32_t flags;	      /* enum mcr_output_flag */
+	uint32_t gso_limit;   /* larger payloads go one by one, for the kernel to fragment */
+	uint32_t gso_refused; /* so do those of this size or more until gso_retry_ns; 0 for none */
+	uint64_t gso_retry_ns;
 	socklen_t destination_length;
 	union {
 		struct sockaddr_in ipv4;

@@ -171,6 +171,15 @@ static int send_packets(struct egress *egress, uint32_t run_index, uint32_t outp
 	return submit_send(egress, send_index);
 }
 
+/* Whether payloads of this size may leave as segments of one send. */
+static bool may_segment(const struct egress *egress, const struct output *output, uint32_t payload_length)
+{
+	if (payload_length > output->gso_limit)
+		return false;
+	return !output->gso_refused || payload_length < output->gso_refused ||
+	       reactor_now_ns(egress->reactor) >= output->gso_retry_ns;
+}
+
 static int send_run(struct egress *egress, uint32_t run_index, uint32_t output_id)
 {
 	const struct output *output = &egress->tables->outputs[output_id];
@@ -183,7 +192,7 @@ static int send_run(struct egress *egress, uint32_t run_index, uint32_t output_i
 			tap_skip(egress->worker, run, output_id, MCR_OUTPUT_DROP_TTL_EXPIRED);
 		return 0;
 	}
-	if (run->count > 1 && run->first.payload_length <= output->gso_limit)
+	if (run->count > 1 && may_segment(egress, output, run->first.payload_length))
 		return send_packets(egress, run_index, output_id, 0, run->count);
 	for (uint16_t i = 0; i < run->count; i++) {
 		int status = send_packets(egress, run_index, output_id, i, 1);
@@ -432,8 +441,8 @@ static enum mcr_output_drop_reason drop_reason(int error)
 	}
 }
 
-/* The device or the route cannot take segments of this size in one send. */
-static bool gso_refused(int error)
+/* The device or the route may not be able to take segments of this size in one send. */
+static bool gso_suspect(int error)
 {
 	return error == EINVAL || error == EMSGSIZE || error == EIO || error == EOPNOTSUPP;
 }
@@ -456,18 +465,36 @@ static void account_send(struct egress *egress, const struct send *send, const s
 		    reactor_now_ns(egress->reactor));
 }
 
+/*
+ * What a send says of GSO. It is to blame only if packets that were refused as segments succeed one by one: the
+ * MTU has shrunk, or the path's is smaller. That may pass, so it is tried again.
+ */
+static void learn_gso(struct egress *egress, const struct send *send, uint32_t payload_length)
+{
+	struct output *output = &egress->tables->outputs[send->output_id];
+
+	if (send->count > 1) {
+		if (payload_length >= output->gso_refused)
+			output->gso_refused = 0;
+	} else if (send->last) {
+		if (!output->gso_refused || payload_length < output->gso_refused)
+			output->gso_refused = payload_length;
+		output->gso_retry_ns = reactor_now_ns(egress->reactor) + GSO_RETRY_S * 1000000000ULL;
+	}
+}
+
 int egress_complete(struct egress *egress, uint32_t send_index, int result)
 {
 	struct send *send = &egress->sends[send_index];
 	struct run *run = &egress->runs[send->run];
 
-	if (result < 0 && send->count > 1 && gso_refused(-result)) {
-		/* The MTU has shrunk, or the path's is smaller: these and later ones go one by one. */
-		egress->tables->outputs[send->output_id].gso_limit = run->first.payload_length - 1;
+	if (result < 0 && send->count > 1 && gso_suspect(-result)) {
 		send->last = send->first + send->count;
 		send->count = 1;
 		return submit_send(egress, send_index);
 	}
+	if (result >= 0)
+		learn_gso(egress, send, run->first.payload_length);
 	account_send(egress, send, run, result);
 	if (send->first + 1 < send->last) {
 		send->first++;
