@@ -23,10 +23,10 @@ from mcr.jsonrpc import (
     RequestError,
     encode_error,
     encode_mcr_error,
-    encode_result,
     parse_json,
     parse_request,
     request_id,
+    result_pieces,
 )
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _timed(work: Coroutine[Any, Any, _T]) -> Generator[Any, None, tuple[_T, floa
         error = None
         try:
             yield awaited
-        except BaseException as raised:
+        except BaseException as raised:  # noqa: BLE001 - thrown into the work, whose it is
             error = raised
 
 
@@ -147,6 +147,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def eof_received(self) -> bool:
         self.ended = True
+        if self.unfinished and not self.unfinished.endswith(b"\n"):  # its end is the end of its last line
+            self.unfinished += b"\n"
+            self.server.unfinished_bytes += 1
         self._proceed()
         return True  # answers may still be read
 
@@ -279,7 +282,12 @@ class Connection(asyncio.BufferedProtocol):
     async def _execute(self, request: Request) -> bytes:
         try:
             result = await self.server.handler(self.peer, request.method, request.params)
-            return encode_result(request.id, result)
+            pieces: list[bytes] = []
+            for piece in result_pieces(request.id, result):
+                if pieces:
+                    await asyncio.sleep(0)
+                pieces.append(piece)
+            return b"".join(pieces)
         except McrError as error:
             return encode_mcr_error(request.id, error)
         except RequestError as error:

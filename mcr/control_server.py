@@ -16,9 +16,11 @@ import stat
 import struct
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mcr.background import Tasks, every
 from mcr.bucket import TokenBucket
 from mcr.connection import READ_BYTES, Connection, Handler, Limits, Peer
 from mcr.control import not_permitted
@@ -36,6 +38,7 @@ LISTEN_BACKLOG = 128
 ACCEPTED_AT_ONCE, REFUSED_AT_ONCE = 32, 256
 ACCEPT_RETRY_S = 0.5
 SWEEP_INTERVAL_S = 10.0
+HOLD_INTERVAL_S = 2.0
 LOCK_WAIT_S = 1.0
 CLOSE_GRACE_S = 1.0
 PROBE_TIMEOUT_S = 1.0
@@ -142,7 +145,8 @@ class ControlServer:
         self._processes: dict[int, TokenBucket] = {}
         self._connecting: set[asyncio.Task[Any]] = set()
         self._listener: socket.socket | None = None
-        self._sweeper: asyncio.TimerHandle | None = None
+        self._loops = Tasks(log)
+        self._trouble = ""
         self._inode = (0, 0)
         self._gid = -1
 
@@ -155,7 +159,37 @@ class ControlServer:
         """Creates the socket (and its directory, 0755) and serves it.
 
         Raises McrError if a live server has it, or if it cannot be created. A dead one's file is replaced.
+        The file is made again if it is removed: what cleans directories knows nothing of sockets in use.
         """
+        await self._listen()
+        sweep_s = min(SWEEP_INTERVAL_S, self.limits.idle_timeout_s / 4)
+        sweep = partial(every, sweep_s, self._sweep, log, "sweeping the clients")
+        hold = partial(every, HOLD_INTERVAL_S, self._hold, log, f"making {self.path} again")
+        self._loops.start(sweep, "mcr-control-sweep")
+        self._loops.start(hold, "mcr-control-path")
+
+    async def _hold(self) -> None:
+        if self._has_path():
+            return
+        try:
+            await self._listen()
+        except McrError as error:
+            if error.cause != self._trouble:
+                log.error("%s (%s)", error, error.remedy)
+            self._trouble = error.cause
+            return
+        self._trouble = ""
+        log.warning("%s had gone: made again", self.path)
+
+    def _has_path(self) -> bool:
+        """Whether the file is still this server's."""
+        try:
+            status = self.path.lstat()
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == self._inode and stat.S_ISSOCK(status.st_mode)
+
+    async def _listen(self) -> None:
         directory = self.path.parent
         try:
             if not directory.is_dir():
@@ -175,9 +209,15 @@ class ControlServer:
             ) from error
         status = self.path.stat()
         self._inode, self._gid = (status.st_dev, status.st_ino), status.st_gid
+        self._close_listener()
         self._listener = listener
         asyncio.get_running_loop().add_reader(listener, self._accept, listener)
-        self._sweep()
+
+    def _close_listener(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
 
     async def close(self) -> None:
         """Removes the socket file and disconnects every client.
@@ -186,15 +226,10 @@ class ControlServer:
         """
         if self._listener is None:
             return
-        asyncio.get_running_loop().remove_reader(self._listener)
-        self._listener.close()
-        self._listener = None
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        with contextlib.suppress(FileNotFoundError):
-            status = self.path.stat()
-            if (status.st_dev, status.st_ino) == self._inode and stat.S_ISSOCK(status.st_mode):
-                self.path.unlink()
+        await self._loops.stop()
+        self._close_listener()
+        if self._has_path():
+            self.path.unlink(missing_ok=True)
         for client in list(self._clients):
             client.closing = True
             if client.task is None:
@@ -319,7 +354,7 @@ class ControlServer:
             largest.hang_up(encode_error(None, BUSY, "too much is waiting to be executed"))
             largest.forget_received()
 
-    def _sweep(self) -> None:
+    async def _sweep(self) -> None:
         """Disconnects who has asked nothing for too long, and forgets users and processes that are gone."""
         now_s = time.monotonic()
         for uid, user in list(self._users.items()):
@@ -333,5 +368,3 @@ class ControlServer:
         for pid, bucket in list(self._processes.items()):
             if now_s - bucket.refilled_s > 1:
                 del self._processes[pid]
-        interval_s = min(SWEEP_INTERVAL_S, self.limits.idle_timeout_s / 4)
-        self._sweeper = asyncio.get_running_loop().call_later(interval_s, self._sweep)

@@ -5,10 +5,14 @@ Strict in what it takes and bounded in what it says of it. This module must neve
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from mcr.errors import McrError
+
+ROWS_AT_ONCE = 200
+END = b"]}\n"  # of an answer whose result is a list
 
 PARSE_ERROR = -32700  # these five: JSON-RPC 2.0 specification, section 5.1
 INVALID_REQUEST = -32600
@@ -81,7 +85,7 @@ def parse_request(message: object) -> Request:
     return Request(method, params, identifier, "id" not in message)
 
 
-def encode(message: dict[str, object]) -> bytes:
+def encode(message: object) -> bytes:
     """One line: the message."""
     return json.dumps(message, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
@@ -106,6 +110,19 @@ def encode_mcr_error(identifier: int | str | None, error: McrError) -> bytes:
         "unshown": error.unshown,
     }
     return encode_error(identifier, REQUEST_FAILED, error.cause, data)
+
+
+def result_pieces(identifier: int | str | None, result: object) -> Iterator[bytes]:
+    """The line of encode_result in pieces, of which each takes little time: a long list a part at a time."""
+    if not isinstance(result, list) or len(result) <= ROWS_AT_ONCE:
+        yield encode_result(identifier, result)
+        return
+    empty = encode_result(identifier, [])
+    yield empty[: -len(END)]
+    for first in range(0, len(result), ROWS_AT_ONCE):
+        rows = encode(result[first : first + ROWS_AT_ONCE])[len(b"[") : -len(b"]\n")]
+        yield b"," + rows if first else rows
+    yield END
 
 
 def encode_result(identifier: int | str | None, result: object) -> bytes:

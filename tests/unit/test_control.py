@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import random
+import shutil
 import socket
 import stat
 import tempfile
@@ -25,8 +26,10 @@ from mcr.jsonrpc import (
     INVALID_REQUEST,
     PARSE_ERROR,
     RequestError,
+    encode_result,
     parse_json,
     parse_request,
+    result_pieces,
 )
 from tests.conftest import require
 from tests.unit.control_peers import (
@@ -146,6 +149,47 @@ def test_pipelined_requests_are_answered_in_order(server: Running) -> None:
     with server.connect() as raw:
         raw.send(b"".join(request("echo", number) for number in range(500)))
         assert [raw.answer()["id"] for _ in range(500)] == list(range(500))
+
+
+def test_a_last_request_without_its_newline_is_answered(server: Running) -> None:
+    with server.connect() as client:
+        client.send(request("echo", 1, n=1) + request("echo", 2, n=2).rstrip(b"\n"))
+        client.socket.shutdown(socket.SHUT_WR)
+        assert [client.answer()["id"] for _ in range(2)] == [1, 2]
+        assert client.is_closed()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 200, 201, 1000])
+def test_a_long_list_is_encoded_in_pieces_that_are_the_same_line(rows: int) -> None:
+    result = [{"name": f"ü{number}", "count": number} for number in range(rows)]
+    pieces = list(result_pieces("x", result))
+    assert b"".join(pieces) == encode_result("x", result)
+    assert max(map(len, pieces)) < 12000
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_socket_whose_file_is_removed_is_made_again(path: Path, everything: bool) -> None:
+    with Running(path, Limits()) as server, ControlClient(path) as connected:
+        assert connected.call("echo", n=1) == {"n": 1}
+        shutil.rmtree(path.parent) if everything else path.unlink()
+        until(path.exists)
+        assert server.call_once("echo") == {}
+        assert connected.call("echo", n=2) == {"n": 2}
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    assert not path.exists()
+
+
+def test_a_socket_that_another_server_has_taken_is_left_to_it(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Running(path, Limits()):
+        path.unlink()
+        with Running(path, Limits()) as second:
+            inode = path.stat().st_ino
+            until(lambda: any("is already running" in record.message for record in caplog.records))
+            assert path.stat().st_ino == inode
+            assert second.call_once("echo") == {}
+        until(path.exists)
 
 
 def test_surrogates_and_keys_that_repeat_come_back_as_json(server: Running) -> None:

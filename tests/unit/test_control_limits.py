@@ -19,6 +19,7 @@ from mcr.errors import McrError
 from mcr.jsonrpc import (
     BUSY,
     INTERNAL_ERROR,
+    PARSE_ERROR,
 )
 from tests.conftest import require
 from tests.unit.control_peers import (
@@ -211,8 +212,9 @@ def test_clients_that_leave_in_the_middle_of_a_request_hold_up_nobody(server: Ru
 
 def test_a_request_cut_off_at_its_end_is_not_executed(server: Running) -> None:
     with server.connect() as raw:
-        raw.send(request("echo")[:-1])
+        raw.send(request("echo")[:-2])
         raw.socket.shutdown(socket.SHUT_WR)
+        assert raw.answer()["error"]["code"] == PARSE_ERROR
         assert raw.is_closed()
     assert server.calls.seen == []
 
