@@ -1050,6 +1050,7 @@ static __always_inline int relay(struct xdp_md *ctx, struct mcr_rule_value *rule
 	struct mcr_metadata metadata;
 	struct mcr_rule_stats *stats;
 	u32 rule_id, frame_length;
+	u32 xsk;
 
 	if (!rule) {
 		if (packet->drop_reason == MCR_DROP_FRAGMENT && !later_fragment)
@@ -1075,7 +1076,9 @@ static __always_inline int relay(struct xdp_md *ctx, struct mcr_rule_value *rule
 		return relay_in_kernel(ctx, stats, rule, packet, frame_length, later_fragment, traced_ns);
 	fill_metadata(&metadata, packet, rule_id, traced_ns ? MCR_METADATA_TRACED : 0,
 		      traced_ns ? traced_ns : bpf_ktime_get_ns());
-	return relay_to_worker(ctx, stats, rule->xsk_base + ctx->rx_queue_index, &metadata);
+	/* What follows an interface's own sockets are another's; nobody has the one that is out of bounds. */
+	xsk = ctx->rx_queue_index < MCR_MAX_QUEUES ? rule->xsk_base + ctx->rx_queue_index : MCR_MAX_XSKS;
+	return relay_to_worker(ctx, stats, xsk, &metadata);
 }
 
 #if !MCR_TRACED
