@@ -8,9 +8,10 @@ defect, which `mcr stats --check` shows.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mcr.limits import scaled
 
@@ -21,7 +22,11 @@ SOFTIRQ_S = (
     0.02  # longer than the kernel takes to leave a poll that began before an entry of `xsks` was deleted
 )
 ROUNDS = 50
+WATCHED_AT_ONCE = 200
 QUIET_ROUNDS = 5
+ASKED_ROUNDS = 5  # of what `mcr stats --check` asks for; it asks again while it waits
+
+Counts = TypeVar("Counts")
 
 
 def dropped(row: Mapping[str, Any]) -> int:
@@ -82,10 +87,15 @@ class Resting:
         self._rules: dict[int, _Watched] = {}
         self._outputs: dict[int, _Watched] = {}
 
-    def watch(self, output_ids: Iterable[int]) -> None:
-        """Outputs of a fan-out: what is left of them was left out by the kernel."""
+    def watch(self, output_ids: Iterable[int], rounds: int | None = None) -> None:
+        """Outputs of a fan-out: what is left of them was left out by the kernel.
+
+        rounds: after which they are not watched any longer, at rest or not; None for no end.
+        """
         for output_id in output_ids:
-            self._fan_outs.setdefault(output_id, _Watched())
+            watched = self._fan_outs.setdefault(output_id, _Watched(rounds_left=rounds))
+            if watched.rounds_left is not None:
+                watched.rounds_left = rounds
 
     def watch_workers(self, rule_ids: Iterable[int], output_ids: Iterable[int]) -> None:
         """Rules and outputs of a worker that has ended, while others go on with them."""
@@ -100,17 +110,34 @@ class Resting:
             self._fan_outs.pop(output_id, None)
             self._outputs.pop(output_id, None)
 
-    def settle(self) -> None:
-        """One round."""
+    async def settle(self) -> None:
+        """One round. What is found at rest is settled before the loop goes on: then it may move again."""
+        for ids in _shares(self._rules):
+            self._settle_rules(ids)
+            await asyncio.sleep(0)
+        for ids in _shares(self._outputs):
+            self._settle_outputs(ids)
+            await asyncio.sleep(0)
+        for ids in _shares(self._fan_outs):
+            self._settle_fan_outs(ids)
+            await asyncio.sleep(0)
+
+    def _settle_rules(self, ids: Sequence[int]) -> None:
         maps, rounds = self._maps, round(scaled(QUIET_ROUNDS))
-        for rule_id in _at_rest(self._rules, maps.rule_counts, rounds):
+        for rule_id, _ in _at_rest(self._rules, ids, maps.all_rule_counts(ids), rounds):
             if (packets := maps.rule_in_workers(rule_id)) > 0:
                 maps.settle_rule(rule_id, packets)
-        for output_id in _at_rest(self._outputs, maps.output_counts, rounds):
+
+    def _settle_outputs(self, ids: Sequence[int]) -> None:
+        maps, rounds = self._maps, round(scaled(QUIET_ROUNDS))
+        for output_id, _ in _at_rest(self._outputs, ids, maps.all_output_counts(ids), rounds):
             if (packets := maps.output_in_workers(output_id)) > 0:
                 maps.settle_output(output_id, packets, "worker_died")
-        for output_id in _at_rest(self._fan_outs, maps.output_counts, 1):  # no worker has any of these
-            packets = left_over(maps.output_counts(output_id)) - max(0, maps.output_in_workers(output_id))
+
+    def _settle_fan_outs(self, ids: Sequence[int]) -> None:
+        maps = self._maps
+        for output_id, counts in _at_rest(self._fan_outs, ids, maps.all_output_counts(ids), 1):
+            packets = left_over(counts) - max(0, maps.output_in_workers(output_id))  # no worker has any
             if packets > 0:
                 maps.settle_output(output_id, packets, "link_down")
 
@@ -119,15 +146,28 @@ class Resting:
 class _Watched:
     counts: object = None
     quiet_rounds: int = 0
+    rounds_left: int | None = None
 
 
-def _at_rest(watched: dict[int, _Watched], read: Callable[[int], object], rounds: int) -> list[int]:
-    """Those that have not moved for so many rounds, which are not watched any longer."""
-    for number, each in watched.items():
-        now = read(number)
+def _shares(watched: dict[int, _Watched]) -> Iterator[list[int]]:
+    """Their numbers, not too many at once."""
+    numbers = iter(list(watched))
+    while share := list(islice(numbers, WATCHED_AT_ONCE)):
+        yield [number for number in share if number in watched]
+
+
+def _at_rest(
+    watched: dict[int, _Watched], numbers: Sequence[int], counts: Sequence[Counts], rounds: int
+) -> Iterator[tuple[int, Counts]]:
+    """Those that have not moved for so many rounds, with their counts; they are not watched any longer."""
+    for number, now in zip(numbers, counts, strict=True):
+        each = watched[number]
         each.quiet_rounds = each.quiet_rounds + 1 if now == each.counts else 0
         each.counts = now
-    rested = [number for number, each in watched.items() if each.quiet_rounds >= rounds]
-    for number in rested:
-        del watched[number]
-    return rested
+        if each.rounds_left is not None:
+            each.rounds_left -= 1
+        if each.quiet_rounds >= rounds:
+            del watched[number]
+            yield number, now
+        elif each.rounds_left == 0:
+            del watched[number]

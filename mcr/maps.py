@@ -9,7 +9,7 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Any, Self
@@ -127,7 +127,13 @@ class _Counters:
     def __init__(self, fd: int, struct: str, entries: int) -> None:
         self._size = int(ffi.sizeof(f"struct {struct}"))
         length = -(-self._size * entries // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._memory = mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        try:
+            self._memory = mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError as error:
+            raise McrError(
+                f"cannot map a map of counters: {error.strerror}",
+                "free memory, or raise the limit of open files (ulimit -n, LimitNOFILE=)",
+            ) from error
         self.view = ffi.cast(f"struct {struct} *", ffi.from_buffer(self._memory))
         self._entries = entries
 
@@ -156,6 +162,10 @@ def _by_interface(outputs: Sequence[tuple[int, int]]) -> list[int]:
     return slots
 
 
+def _split(numbers: Sequence[int], columns: int) -> Iterator[Sequence[int]]:
+    return (numbers[first : first + columns] for first in range(0, len(numbers), columns))
+
+
 def _numbers(array: Any, count: int) -> list[int]:
     """An array of structs of __u64, flat."""
     numbers: list[int] = ffi.unpack(ffi.cast("uint64_t *", array), count)
@@ -166,8 +176,16 @@ class Maps:
     """The maps and the program of a loaded instance, open."""
 
     def __init__(self, instance: str) -> None:
-        names = (*loader.MAP_NAMES, *loader.PROGRAMS)
-        self._fds = {name: loader.open_pin(instance, name) for name in names}
+        self._fds: dict[str, int] = {}
+        try:
+            self._open(instance)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, instance: str) -> None:
+        for name in (*loader.MAP_NAMES, *loader.PROGRAMS):
+            self._fds[name] = loader.open_pin(instance, name)
         self._lookups = 0
         self._tracing = False
         self._cpus = int(lib.libbpf_num_possible_cpus())
@@ -428,29 +446,21 @@ class Maps:
         _check(status, "read the map rule_stats")
         return per_cpu
 
-    def _output_stats(self, output_id: int) -> Any:
-        per_cpu = ffi.new("struct mcr_output_stats[]", self._cpus)
-        status = lib.bpf_map_lookup_elem(self._fds["output_stats"], ffi.new("__u32 *", output_id), per_cpu)
-        _check(status, "read the map output_stats")
-        return per_cpu
-
     def rule_counts(self, rule_id: int) -> RuleCounts:
         """What XDP counted on every CPU, what the workers counted, and what was settled for dead ones."""
-        per_cpu, worker = self._rule_stats(rule_id), self._rule_counters[rule_id]
-        settled = self._settled_rules[rule_id]
-        return RuleCounts(
-            received_packets=sum(cpu.packets for cpu in per_cpu) + worker.received_packets,
-            received_bytes=sum(cpu.bytes for cpu in per_cpu) + worker.received_bytes,
-            last_seen_ns=max(worker.last_seen_ns, *(cpu.last_seen_ns for cpu in per_cpu)),
-            relayed_packets=sum(cpu.relayed_packets for cpu in per_cpu) + worker.relayed_packets,
-            relayed_bytes=sum(cpu.relayed_bytes for cpu in per_cpu) + worker.relayed_bytes,
-            dropped={
-                name: sum(cpu.dropped[reason] for cpu in per_cpu)
-                + worker.dropped[reason]
-                + settled.dropped[reason]
-                for reason, name in enumerate(DROP_REASONS)
-            },
-        )
+        return self.all_rule_counts([rule_id])[0]
+
+    def all_rule_counts(self, rule_ids: Sequence[int]) -> list[RuleCounts]:
+        """The same of many rules at once."""
+        return [
+            RuleCounts(
+                *(received, received_bytes, seen, relayed, relayed_bytes),
+                dict(zip(DROP_REASONS, dropped, strict=True)),
+            )
+            for received, received_bytes, seen, relayed, relayed_bytes, *dropped in _split(
+                self.rule_totals(rule_ids), RULE_COLUMNS
+            )
+        ]
 
     def rule_latency(self, rule_id: int) -> Latency:
         """How long the worker path took with the rule's packets; the kernel path is not measured."""
@@ -496,24 +506,18 @@ class Maps:
 
     def output_counts(self, output_id: int) -> OutputCounts:
         """What the kernel path counted on every CPU, what the workers counted, and what was settled."""
-        with self._folding:
-            fan_outs = self._fan_outs_of.get(output_id, ())
-            relayed = sum(self._relayed_by(fan_out) for fan_out in fan_outs)
-            per_cpu, worker = self._output_stats(output_id), self._output_counters[output_id]
-            settled = self._settled_outputs[output_id]
-            relayed += worker.relayed_packets + settled.relayed_packets
-            return OutputCounts(
-                relayed + sum(cpu.relayed_packets for cpu in per_cpu),
-                sum(cpu.sent_packets for cpu in per_cpu) + worker.sent_packets,
-                sum(cpu.sent_bytes for cpu in per_cpu) + worker.sent_bytes,
-                {
-                    name: sum(cpu.dropped[reason] for cpu in per_cpu)
-                    + worker.dropped[reason]
-                    + settled.dropped[reason]
-                    for reason, name in enumerate(OUTPUT_DROP_REASONS)
-                },
-                worker.last_error,
+        return self.all_output_counts([output_id])[0]
+
+    def all_output_counts(self, output_ids: Sequence[int]) -> list[OutputCounts]:
+        """The same of many outputs at once."""
+        return [
+            OutputCounts(
+                relayed, sent, sent_bytes, dict(zip(OUTPUT_DROP_REASONS, dropped, strict=True)), error
             )
+            for relayed, sent, sent_bytes, *dropped, error in _split(
+                self.output_totals(output_ids), OUTPUT_COLUMNS
+            )
+        ]
 
     # --- what has to be settled: see accounting.py
 

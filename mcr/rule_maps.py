@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ParamSpec
 
 from mcr._bpf import ffi, lib
-from mcr.accounting import Resting
+from mcr.accounting import ASKED_ROUNDS, Resting
 from mcr.desired import IdPool, KernelOutputSpec, RuleSpec
 from mcr.errors import McrError
 from mcr.maps import MAX_EGRESS, MAX_FAN_OUTS, Maps
@@ -101,9 +101,9 @@ class RuleMaps:
         self.resting.watch(await asyncio.to_thread(self._in_turn, self._drop_left, wanted))
 
     def watch(self) -> None:
-        """The outputs of all fan-outs shall be settled as soon as they are at rest."""
+        """The outputs of all fan-outs shall be settled if they are at rest soon."""
         for pairs in tuple(self._fan_outs):
-            self.resting.watch(output_id for output_id, _ in pairs)
+            self.resting.watch((output_id for output_id, _ in pairs), ASKED_ROUNDS)
 
     # --- in the thread
 

@@ -75,7 +75,7 @@ async def _rule_del(supervisor: Supervisor, params: dict[str, Any]) -> object:
 
 
 async def _rule_show(supervisor: Supervisor, params: dict[str, Any]) -> object:
-    return views.rules(supervisor, _name(params))
+    return await views.rules(supervisor, _name(params))
 
 
 async def _status(supervisor: Supervisor, _: dict[str, Any]) -> object:
@@ -85,7 +85,7 @@ async def _status(supervisor: Supervisor, _: dict[str, Any]) -> object:
 async def _stats(supervisor: Supervisor, params: dict[str, Any]) -> object:
     if params.get("settle") is True:
         supervisor.rule_maps.watch()
-    return views.stats(supervisor, _name(params), latency=params.get("latency") is True)
+    return await views.stats(supervisor, _name(params), latency=params.get("latency") is True)
 
 
 async def _joins(supervisor: Supervisor, _: dict[str, Any]) -> object:

@@ -398,7 +398,7 @@ class Supervisor:
         """Settles what nobody saw getting lost, once its rules and outputs are at rest."""
         while True:
             await asyncio.sleep(SETTLE_INTERVAL_S)
-            self.rule_maps.resting.settle()
+            await self.rule_maps.resting.settle()
 
     async def _watch_queues(self) -> None:
         while True:

@@ -3,13 +3,14 @@
 Nouns only read: nothing here changes anything, and nothing asks a worker.
 """
 
+import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mcr.desired import OutputState, RuleState
 from mcr.errors import McrError
-from mcr.maps import WorkerCounts
+from mcr.maps import OutputCounts, RuleCounts, WorkerCounts
 from mcr.membership import Membership
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 MAX_JOINS_IN_STATUS = 100
+ROWS_AT_ONCE = 200
 
 
 def status(supervisor: "Supervisor") -> list[Row]:
@@ -119,38 +121,64 @@ def _listed(numbers: range) -> str:
     return f"{numbers[0]}-{numbers[-1]}"
 
 
-def rules(supervisor: "Supervisor", name: str | None = None) -> list[Row]:
-    """One row for each output of each rule, or of one rule."""
-    return [
-        {
-            "rule": state.rule.name,
-            "rule_id": state.rule_id,
-            "from": str(state.rule.stream),
-            "path": state.path,
-            "path_reason": state.reason,
-            "state": "pending" if state.pending else "active",
-            "reason": state.pending,
-            "to": str(output.output),
-            "output_id": output.output_id,
-            "output_state": "pending" if output.pending else "active",
-            "output_reason": output.pending,
-            "origin": str(state.rule.origin or ("temporary" if state.rule.temporary else "command")),
-        }
-        for state in _chosen(supervisor, name)
-        for output in state.outputs
-    ]
+async def rules(supervisor: "Supervisor", name: str | None = None) -> list[Row]:
+    """One row for each output of each rule, or of one rule. Other work gets its turn as in `stats`."""
+    rows: list[Row] = []
+    for states in _shares(_chosen(supervisor, name)):
+        rows.extend(_shown(state, output) for state in states for output in state.outputs)
+        await asyncio.sleep(0)
+    return rows
 
 
-def stats(supervisor: "Supervisor", name: str | None = None, latency: bool = False) -> list[Row]:
+def _shown(state: RuleState, output: OutputState) -> Row:
+    return {
+        "rule": state.rule.name,
+        "rule_id": state.rule_id,
+        "from": str(state.rule.stream),
+        "path": state.path,
+        "path_reason": state.reason,
+        "state": "pending" if state.pending else "active",
+        "reason": state.pending,
+        "to": str(output.output),
+        "output_id": output.output_id,
+        "output_state": "pending" if output.pending else "active",
+        "output_reason": output.pending,
+        "origin": str(state.rule.origin or ("temporary" if state.rule.temporary else "command")),
+    }
+
+
+async def stats(supervisor: "Supervisor", name: str | None = None, latency: bool = False) -> list[Row]:
     """For each rule, or for one, a row of what it received and relayed and a row for each output.
 
-    latency: with `latency_buckets`, which are not flat; see cli/streams.py.
+    latency: with `latency_buckets`, which are not flat; see cli/streams.py. Other work of the loop gets its
+    turn after about ROWS_AT_ONCE rows.
     """
     rows: list[Row] = []
-    for state in _chosen(supervisor, name):
-        rows.append(_rule_row(supervisor, state) | _latency(supervisor, state, latency))
-        rows.extend(_output_row(supervisor, state, output) for output in state.outputs)
+    for states in _shares(_chosen(supervisor, name)):
+        rows.extend(_stats(supervisor, states, latency))
+        await asyncio.sleep(0)
     return rows
+
+
+def _shares(states: list[RuleState]) -> Iterator[list[RuleState]]:
+    share: list[RuleState] = []
+    rows = 0
+    for state in states:
+        share.append(state)
+        rows += 1 + len(state.outputs)
+        if rows >= ROWS_AT_ONCE:
+            yield share
+            share, rows = [], 0
+    yield share
+
+
+def _stats(supervisor: "Supervisor", states: list[RuleState], latency: bool) -> Iterator[Row]:
+    maps = supervisor.maps
+    of_rules = maps.all_rule_counts([state.rule_id for state in states])
+    of_outputs = iter(maps.all_output_counts([each.output_id for state in states for each in state.outputs]))
+    for state, counts in zip(states, of_rules, strict=True):
+        yield _rule_row(state, counts) | _latency(supervisor, state, latency)
+        yield from (_output_row(state, output, next(of_outputs)) for output in state.outputs)
 
 
 def _chosen(supervisor: "Supervisor", name: str | None) -> list[RuleState]:
@@ -162,8 +190,7 @@ def _chosen(supervisor: "Supervisor", name: str | None) -> list[RuleState]:
     return [states[name]]
 
 
-def _rule_row(supervisor: "Supervisor", state: RuleState) -> Row:
-    counts = supervisor.maps.rule_counts(state.rule_id)
+def _rule_row(state: RuleState, counts: RuleCounts) -> Row:
     silent_s = (time.monotonic_ns() - counts.last_seen_ns) / 1e9 if counts.last_seen_ns else None
     return {
         "object": "rule",
@@ -180,8 +207,7 @@ def _rule_row(supervisor: "Supervisor", state: RuleState) -> Row:
     }
 
 
-def _output_row(supervisor: "Supervisor", state: RuleState, output: OutputState) -> Row:
-    counts = supervisor.maps.output_counts(output.output_id)
+def _output_row(state: RuleState, output: OutputState, counts: OutputCounts) -> Row:
     return {
         "object": "output",
         "rule": state.rule.name,

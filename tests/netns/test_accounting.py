@@ -4,6 +4,7 @@ The generator is the benchmark's: whole frames at the XDP hook, faster than any 
 rules alternate in every batch.
 """
 
+import asyncio
 import json
 import os
 import re
@@ -18,8 +19,9 @@ import pytest
 
 from bench.streams import Streams
 from bench.traffic import Programs, Traffic
-from mcr.accounting import unaccounted
+from mcr.accounting import ASKED_ROUNDS, Resting, unaccounted
 from mcr.maps import Maps
+from tests.netns.driven import loaded
 from tests.netns.flows import Report, config, dropped, stats, status, wait_until
 from tests.netns.lab import Lab, Namespace
 from tests.netns.test_kernel_path import Network, fan_out
@@ -319,3 +321,32 @@ def test_check_says_when_traffic_goes_on(lab: Lab) -> None:
         done = lab.mcr(network.relay, "stats", "--check", check=False)
         assert (done.returncode, done.stdout) == (1, "")
         assert "traffic goes on" in done.stderr
+
+
+def test_what_a_check_asks_for_is_watched_for_some_rounds_and_what_was_retired_until_it_rests(
+    lab: Lab,
+) -> None:
+    topology = lab.topology_relay()
+    with loaded(lab, topology.relay) as maps:
+        resting = Resting(maps)
+        resting.watch([1])
+        resting.watch([2], ASKED_ROUNDS)
+
+        async def rounds(count: int, moving: bool) -> None:
+            for _ in range(count):
+                for output_id in (1, 2) if moving else ():
+                    maps.settle_output(
+                        output_id, 1, "link_down"
+                    )  # more dropped than relayed: nothing to settle
+                await resting.settle()
+
+        def dropped_of_both() -> list[int]:
+            return [maps.output_counts(output_id).dropped["link_down"] for output_id in (1, 2)]
+
+        asyncio.run(rounds(ASKED_ROUNDS, moving=True))
+        assert list(resting._fan_outs) == [1]
+        asyncio.run(rounds(20, moving=True))
+        assert list(resting._fan_outs) == [1]
+        asyncio.run(rounds(2, moving=False))
+        assert list(resting._fan_outs) == []
+        assert dropped_of_both() == [ASKED_ROUNDS + 20] * 2
