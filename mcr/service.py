@@ -1,6 +1,6 @@
 """The supervisor as a process: control socket, metrics, signals; and its commands by name.
 
-The control socket comes first, so that two supervisors of one instance never meet in the maps. This module
+The lock of the instance comes first, so that two supervisors of one never meet in the maps. This module
 must never decide anything about rules or interfaces.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mcr import logs, metrics, privileges, views
+from mcr import instance_lock, logs, metrics, privileges, views
 from mcr.config import Attachment, Config, load_config, parse_attachment, parse_listen, parse_rule
 from mcr.connection import Peer
 from mcr.control import socket_path
@@ -209,6 +209,7 @@ async def run(
     everyone_reads = config.control_read == "all"
     server = ControlServer(socket_path(instance), service.handle, everyone_reads=everyone_reads)
     async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(instance_lock.held(instance))
         await server.start()
         stack.push_async_callback(server.close)
         supervisor = await stack.enter_async_context(

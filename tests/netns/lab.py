@@ -362,8 +362,8 @@ def _pins(prefix: str) -> list[Path]:
 
 
 def _remove_pins(namespace: Namespace) -> None:
-    """Those of its instance, and those that a supervisor had staged when it was killed."""
-    for directory in (PINS / namespace.name, PINS / f"{namespace.name}~new"):
+    """Those of its instance, what a supervisor had staged when it was killed, and its lock."""
+    for directory in (PINS / f"{namespace.name}{suffix}" for suffix in ("", "~new", "~lock")):
         if directory.exists():
             shutil.rmtree(directory)
 
