@@ -58,6 +58,20 @@ def _set_buffer(target: socket.socket, forced: int, plain: int, size: int) -> No
         target.setsockopt(socket.SOL_SOCKET, plain, size)
 
 
+def _remedy(number: int | None, otherwise: str) -> str:
+    """What to do where a socket cannot be opened, whatever it is for."""
+    remedies = {
+        errno.EAFNOSUPPORT: "use IPv4 alone, or start the kernel with IPv6 (without ipv6.disable=1)",
+        errno.EMFILE: "raise the limit of open files (ulimit -n, LimitNOFILE=)",
+        errno.ENFILE: "raise the sysctl fs.file-max",
+        errno.ENOMEM: "free memory",
+        errno.ENOBUFS: "free memory",
+        errno.EADDRNOTAVAIL: "check its addresses with: ip address",
+        errno.ENODEV: "see which interfaces there are: ip link",
+    }
+    return remedies.get(number or 0, otherwise)
+
+
 def open_output(output: Output, ifindex: int) -> socket.socket:
     """The UDP socket of an output: unconnected, so that each send takes the route and address of its moment.
 
@@ -67,28 +81,31 @@ def open_output(output: Output, ifindex: int) -> socket.socket:
     make a later send fail for each ICMP error that an earlier one met. Raises McrError.
     """
     family = socket.AF_INET if isinstance(output.address, IPv4Address) else socket.AF_INET6
-    udp = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-    try:
-        udp.setblocking(False)
-        _set_buffer(udp, SO_SNDBUFFORCE, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # nothing that comes back is of interest
-        if family == socket.AF_INET:
-            _set_ipv4(udp, output, ifindex)
-        else:
-            _set_ipv6(udp, output, ifindex)
-        if ifindex and not output.group:
-            udp.setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, ifindex)
-        if not isinstance(output.source, str):
-            udp.bind((str(output.source), 0))
-    except OSError as error:
-        udp.close()
-        raise McrError(
-            f"cannot open output {output}: {error.strerror}",
-            "check its addresses with: ip address"
-            if error.errno == errno.EADDRNOTAVAIL
-            else "run the supervisor as root, or with CAP_NET_ADMIN and CAP_NET_RAW",
-        ) from error
+    with contextlib.ExitStack() as opened:
+        try:
+            udp = opened.enter_context(socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC))
+            _set_up_output(udp, output, ifindex)
+        except OSError as error:
+            raise McrError(
+                f"cannot open output {output}: {os.strerror(error.errno or 0)}",
+                _remedy(error.errno, "run the supervisor as root, or with CAP_NET_ADMIN and CAP_NET_RAW"),
+            ) from error
+        opened.pop_all()
     return udp
+
+
+def _set_up_output(udp: socket.socket, output: Output, ifindex: int) -> None:
+    udp.setblocking(False)
+    _set_buffer(udp, SO_SNDBUFFORCE, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # nothing that comes back is of interest
+    if udp.family == socket.AF_INET:
+        _set_ipv4(udp, output, ifindex)
+    else:
+        _set_ipv6(udp, output, ifindex)
+    if ifindex and not output.group:
+        udp.setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, ifindex)
+    if not isinstance(output.source, str):
+        udp.bind((str(output.source), 0))
 
 
 class RouteProbe:
@@ -106,7 +123,8 @@ class RouteProbe:
             probe.close()
 
     def mtu(self, output: Output) -> int:
-        """The MTU, in bytes, of the route to an output that names no interface; 0 if there is no route."""
+        """The MTU, in bytes, of the route to an output that names no interface; 0 if there is no route, or
+        none can be asked for."""
         address = str(output.address)
         if address not in self._known:
             self._known[address] = self._probe(output.address.version, address)
@@ -114,10 +132,10 @@ class RouteProbe:
 
     def _probe(self, version: int, address: str) -> int:
         family = socket.AF_INET if version == 4 else socket.AF_INET6
-        if family not in self._probes:
-            self._probes[family] = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        probe = self._probes[family]
         try:
+            if family not in self._probes:
+                self._probes[family] = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            probe = self._probes[family]
             probe.connect((address, 9))  # only looks up the route; any port will do
             if family == socket.AF_INET:
                 return probe.getsockopt(socket.IPPROTO_IP, IP_MTU)
@@ -163,8 +181,8 @@ def open_packets(interface: str, ifindex: int, count: int) -> list[socket.socket
     lets packets overtake each other. Raises McrError.
     """
     with contextlib.ExitStack() as opened:
-        packets = [opened.enter_context(_open_packet(interface)) for _ in range(count)]
         try:
+            packets = [opened.enter_context(_open_packet()) for _ in range(count)]
             if count > 1:
                 _join_fanout(packets, interface)
             else:
@@ -172,25 +190,26 @@ def open_packets(interface: str, ifindex: int, count: int) -> list[socket.socket
         except OSError as error:
             raise McrError(
                 f"cannot receive from {interface} by AF_PACKET: {os.strerror(error.errno or 0)}",
-                f"see that it exists and is up: ip link show {interface}",
+                "run the supervisor as root, or with CAP_NET_RAW"
+                if error.errno == errno.EPERM
+                else _remedy(error.errno, f"see that it exists and is up: ip link show {interface}"),
             ) from error
         opened.pop_all()
     return packets
 
 
-def _open_packet(interface: str) -> socket.socket:
+def _open_packet() -> socket.socket:
     """Not bound yet. The auxiliary data hold the VLAN tag that the device took out of the frame, the virtio
     header tells packets that were merged by GRO (packet(7))."""
-    try:
-        packet = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
-    except PermissionError as error:
-        raise McrError(
-            "not permitted to open an AF_PACKET socket", "run the supervisor as root, or with CAP_NET_RAW"
-        ) from error
-    packet.setblocking(False)
-    _set_buffer(packet, SO_RCVBUFFORCE, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
-    for option in (PACKET_AUXDATA, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING):
-        packet.setsockopt(SOL_PACKET, option, 1)
+    with contextlib.ExitStack() as opened:
+        packet = opened.enter_context(
+            socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+        )
+        packet.setblocking(False)
+        _set_buffer(packet, SO_RCVBUFFORCE, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+        for option in (PACKET_AUXDATA, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING):
+            packet.setsockopt(SOL_PACKET, option, 1)
+        opened.pop_all()
     return packet
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from mcr import __version__
 from mcr._bpf import ffi, lib
+from mcr.background import answered
 from mcr.desired import OutputSpec, RuleSpec, WorkerSetup, output_flags
 from mcr.errors import McrError
 from mcr.limits import scaled, slow_machine
@@ -27,6 +28,7 @@ REPLY_TIMEOUT_S = 3.0
 SETUP_TIMEOUT_S = 10.0
 SHUTDOWN_TIMEOUT_S = 1.5
 EXIT_TIMEOUT_S = 0.5
+SEND_RETRY_S = 0.001
 HELLO = f"mcr {__version__} ABI {lib.MCR_ABI_VERSION:08x}"  # the first message of a worker like us
 COMMAND = (sys.executable, "-m", "mcr.uring_egress")
 
@@ -49,6 +51,18 @@ def _set_up_error(code: int, cause: str) -> McrError:
         errno.EDQUOT: "raise fs.pipe-max-size (sysctl), or use fewer --egress-threads",
     }
     return McrError(cause, remedies.get(code, "see docs/KERNEL-SUPPORT.md"))
+
+
+def _move(pid: int, cpu: int) -> None:
+    try:
+        os.sched_setaffinity(pid, {cpu})
+    except ProcessLookupError:
+        pass  # whoever greets it will see that it has gone
+    except OSError as error:
+        raise McrError(
+            f"a worker cannot run on CPU {cpu}: {error.strerror}",
+            "bring the CPU back, or attach with other --cpus",
+        ) from error
 
 
 def _close_descriptors_of(answer: "asyncio.Future[tuple[Any, list[int]]]") -> None:
@@ -104,10 +118,15 @@ class WorkerProcess:
         except BaseException:
             ours.close()
             raise
-        if cpu is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(process.pid, {cpu})  # before it is another user's, and allocates
-        return cls(name, process, ours)
+        worker = cls(name, process, ours)
+        try:
+            if cpu is not None:
+                _move(process.pid, cpu)  # before it is another user's, and allocates
+        except McrError:
+            worker.kill()
+            await worker.end()
+            raise
+        return worker
 
     @property
     def pid(self) -> int:
@@ -156,11 +175,9 @@ class WorkerProcess:
     async def _greet(self) -> None:
         """A worker of another version would read other structs: the files were replaced since we started."""
         limit_s = scaled(SETUP_TIMEOUT_S)
-        try:
-            async with asyncio.timeout(limit_s):
-                hello = await self._hello
-        except TimeoutError as error:
-            raise WorkerGoneError(slow_machine(f"no hello for {limit_s:g} s")) from error
+        if not await answered(self._hello, limit_s):
+            raise WorkerGoneError(slow_machine(f"no hello for {limit_s:g} s"))
+        hello = self._hello.result()
         if not hello:
             raise WorkerGoneError("it ended before it said hello")
         if hello != HELLO:
@@ -218,7 +235,7 @@ class WorkerProcess:
             self.kill()
             await self.process.wait()
         self._hang_up()
-        await self._stderr
+        await asyncio.gather(self._stderr, return_exceptions=True)
         return self.process.returncode or 0
 
     def kill(self) -> None:
@@ -239,11 +256,8 @@ class WorkerProcess:
         answer: asyncio.Future[tuple[Any, list[int]]] = self._loop.create_future()
         self._waiting[sequence] = answer
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._send(bytes(ffi.buffer(command)), fds)
-                return await answer
-        except TimeoutError as error:
-            raise WorkerGoneError(slow_machine(f"no answer for {timeout_s:g} s")) from error
+            sent = await self._send(bytes(ffi.buffer(command)), fds, timeout_s)
+            in_time = sent and await answered(answer, timeout_s)
         except OSError as error:
             raise WorkerGoneError(f"its command socket broke: {error.strerror}") from error
         except asyncio.CancelledError:
@@ -251,15 +265,21 @@ class WorkerProcess:
             raise
         finally:
             self._waiting.pop(sequence, None)
+        if not in_time:
+            self._hang_up()  # what it still has to say, and the descriptors in that, are the kernel's to drop
+            raise WorkerGoneError(slow_machine(f"no answer for {timeout_s:g} s"))
+        return answer.result()
 
-    async def _send(self, data: bytes, fds: Sequence[int]) -> None:
+    async def _send(self, data: bytes, fds: Sequence[int], timeout_s: float) -> bool:
+        """Whether the worker has taken the command. Only the time in which we could have sent it counts."""
         async with self._turn:
-            while True:
+            for _ in range(int(timeout_s / SEND_RETRY_S)):
                 try:
                     socket.send_fds(self._socket, [data], list(fds))
-                    return
+                    return True
                 except BlockingIOError:
-                    await asyncio.sleep(0.001)  # the worker reads thousands of commands in that time
+                    await asyncio.sleep(SEND_RETRY_S)  # it reads thousands of commands in that time
+        return False
 
     def _read_replies(self) -> None:
         while True:
@@ -285,6 +305,7 @@ class WorkerProcess:
                 answer.set_result((reply, fds))
 
     def _hang_up(self) -> None:
+        """Upon which the worker ends, if it has not."""
         if self._socket.fileno() >= 0:
             self._loop.remove_reader(self._socket)
             self._socket.close()
