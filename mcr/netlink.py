@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any, Literal, Self
@@ -27,6 +27,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import IFF_RUNNING, IFF_UP, ifinfmsg
 from pyroute2.netlink.rtnl.ndmsg import ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
+from mcr.background import cause_of
 from mcr.errors import McrError
 from mcr.limits import scaled
 from mcr.rule import InterfaceFacts
@@ -38,6 +39,7 @@ RECEIVE_BYTES = 1 << 15  # the largest part that the kernel makes of an answer
 REQUEST_TIMEOUT_S = 5.0
 DUMP_ATTEMPTS = 10
 COALESCE_S = 0.05
+RETRY_S = 1.0
 EVENT_READS = 64  # from an event socket, before other work of the loop gets its turn
 NETDEV_FAMILY, NETDEV_EVENT_GROUP = "netdev", "mgmt"
 NETDEV_CMD_DEV_GET = 1  # linux/netdev.h
@@ -114,31 +116,47 @@ def ask(protocol: int, request: Any, message_type: int, flags: int = 0) -> Gener
     """The answers to a request (netlink(7)), of the request's class: all of a dump, one of any other.
 
     One at a time, because each takes much memory. Raises OSError: what the kernel answers, EINTR if something
-    changed during the dump.
+    changed during the dump; McrError where it cannot be asked, or is silent.
     """
     request["header"].update(type=message_type, flags=netlink.NLM_F_REQUEST | flags)
     request.encode()
     marshal = Marshal()
     marshal.default_message_class, marshal.msg_map = type(request), {netlink.NLMSG_DONE: netlink.nlmsg}
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as kernel:
-        kernel.settimeout(scaled(REQUEST_TIMEOUT_S))
-        kernel.send(request.data)
-        while True:
-            for message in marshal.parse(kernel.recv(RECEIVE_BYTES)):
-                header = message["header"]
-                if header["error"] is not None:
-                    raise OSError(getattr(header["error"], "code", errno.EBADMSG), str(header["error"]))
-                if header["flags"] & netlink.NLM_F_DUMP_INTR:
-                    raise InterruptedError(errno.EINTR, "something changed while it was listed")
-                if header["type"] == netlink.NLMSG_DONE:
-                    return
-                yield message
-                if not flags & netlink.NLM_F_DUMP:
-                    return
+    for part in _parts(protocol, request.data):
+        for message in marshal.parse(part):
+            header = message["header"]
+            if header["error"] is not None:
+                raise OSError(getattr(header["error"], "code", errno.EBADMSG), str(header["error"]))
+            if header["flags"] & netlink.NLM_F_DUMP_INTR:
+                raise InterruptedError(errno.EINTR, "something changed while it was listed")
+            if header["type"] == netlink.NLMSG_DONE:
+                return
+            yield message
+            if not flags & netlink.NLM_F_DUMP:
+                return
+
+
+def _parts(protocol: int, request: bytes) -> Iterator[bytes]:
+    """What the kernel answers, without end. Raises McrError where it cannot be asked, or is silent."""
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as kernel:
+            kernel.settimeout(scaled(REQUEST_TIMEOUT_S))
+            kernel.send(request)
+            while True:
+                yield kernel.recv(RECEIVE_BYTES)
+    except OSError as error:
+        raise _not_answered(error) from error
+
+
+def _not_answered(error: OSError) -> McrError:
+    cause = f"cannot ask the kernel for its links: {error.strerror or error}"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return McrError(cause, "raise the limit of open files (ulimit -n, LimitNOFILE=, fs.file-max)")
+    return McrError(cause, "see whether the kernel's log says more: dmesg")
 
 
 def read_link(name: str) -> Any:
-    """The kernel's own description of an interface (RTM_NEWLINK). Raises McrError if there is none."""
+    """The kernel's own description of an interface (RTM_NEWLINK). Raises McrError, also if there is none."""
     request = ifinfmsg()
     request["attrs"] = [("IFLA_IFNAME", os.fsencode(name))]
     try:
@@ -146,7 +164,7 @@ def read_link(name: str) -> Any:
     except OSError as error:
         if error.errno in (errno.ENODEV, errno.EINVAL, errno.ERANGE):
             raise McrError(f"there is no interface {name}", "see which there are: ip link") from None
-        raise
+        raise _not_answered(error) from error
     return answer
 
 
@@ -214,8 +232,15 @@ def read_interfaces() -> dict[str, InterfaceFacts]:
 
     `up` means that it is set up and can carry packets (IFF_UP and IFF_RUNNING, netdevice(7)); what MCR did
     with an interface, `mode` and `ingress`, is not told. Blocks while the kernel changes a link. Raises
-    OSError if the kernel does not answer, or has no rest.
+    McrError if the kernel does not answer, or has no rest.
     """
+    try:
+        return _read_interfaces()
+    except OSError as error:
+        raise _not_answered(error) from error
+
+
+def _read_interfaces() -> dict[str, InterfaceFacts]:
     for _ in range(DUMP_ATTEMPTS):
         with contextlib.suppress(InterruptedError):
             addresses, xdp_features = _addresses(), _xdp_features()
@@ -229,11 +254,17 @@ def receive_queues(name: str) -> int:
     """How many receive queues the interface uses now, at least 1.
 
     From ethtool's channels (ETHTOOL_GCHANNELS, linux/ethtool.h); where the driver does not tell them, as many
-    as the interface was made with (IFLA_NUM_RX_QUEUES). Raises McrError if there is no such interface.
+    as the interface was made with (IFLA_NUM_RX_QUEUES). Raises McrError if there is no such interface, or if
+    the driver cannot be asked now.
     """
     link = read_link(name)
-    with contextlib.suppress(EthtoolError, OSError), contextlib.closing(IoctlEthtool(name)) as ethtool:
-        channels = ethtool.get_channels()
+    try:
+        with contextlib.closing(IoctlEthtool(name)) as ethtool:
+            channels = ethtool.get_channels()
+    except (EthtoolError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise _not_answered(error) from error
+    else:
         if queues := int(channels.rx_count + channels.combined_count):
             return queues
     return max(1, int(link.get("num_rx_queues")))
@@ -258,15 +289,14 @@ def xdp_program(name: str) -> XdpProgram | None:
 
 
 def route_to(address: Address, ifindex: int) -> Route:
-    """The way to an address, by one interface if ifindex is not 0. Raises OSError if the kernel is silent."""
+    """The way to an address, by one interface if ifindex is not 0. Raises McrError if the kernel says
+    nothing."""
     request = rtmsg()
     request["family"] = socket.AF_INET if address.version == 4 else socket.AF_INET6
     request["dst_len"] = address.max_prefixlen
     request["attrs"] = [("RTA_DST", str(address))] + ([("RTA_OIF", ifindex)] if ifindex else [])
     try:
         (found,) = ask(netlink.NETLINK_ROUTE, request, rtnl.RTM_GETROUTE)
-    except TimeoutError:
-        raise
     except OSError as error:
         return Route(error=error.errno or errno.ENETUNREACH)
     return Route(
@@ -288,8 +318,6 @@ def neighbour(ifindex: int, address: Address) -> Neighbour | None:
     )
     try:
         (found,) = ask(netlink.NETLINK_ROUTE, request, rtnl.RTM_GETNEIGH)
-    except TimeoutError:
-        raise
     except OSError:
         return None
     states = [name for name, bit in NEIGHBOUR_STATES.items() if found["state"] & bit]
@@ -323,6 +351,7 @@ class LinkMonitor:
         self.facts: dict[str, InterfaceFacts] = {}
         self._on_change = on_change
         self._changed = asyncio.Event()
+        self._trouble = ""
         self._forced = False  # the change may be one that the facts do not show
         self._stack = contextlib.AsyncExitStack()
 
@@ -374,14 +403,23 @@ class LinkMonitor:
             forced, self._forced = self._forced, False
             try:
                 facts = await asyncio.to_thread(read_interfaces)
-            except OSError as error:
-                log.warning("cannot list the links, trying again: %s", error)
+                self._trouble = ""
+            except Exception as error:
                 self._forced |= forced
                 self._changed.set()
+                self._say_once(cause_of(error))
+                log.debug("listing the links failed here:", exc_info=True)
+                await asyncio.sleep(RETRY_S)
                 continue
             if forced or facts != self.facts:
                 self.facts = facts
                 self._call(facts)
+
+    def _say_once(self, trouble: str) -> None:
+        """However long it lasts."""
+        if trouble != self._trouble:
+            log.warning("trying again until it succeeds: %s", trouble)
+        self._trouble = trouble
 
     def _call(self, facts: dict[str, InterfaceFacts]) -> None:
         try:

@@ -92,7 +92,7 @@ def _ingress(interface: str, rows: list[dict[str, Any]]) -> Ingress:
 
 def _other_program(interface: str) -> str:
     """The XDP program on an interface, unless it is one of MCR's."""
-    with contextlib.suppress(OSError, McrError):
+    with contextlib.suppress(McrError):
         if program := netlink.xdp_program(interface):
             name = loader.program_name(program.program_id)
             return "" if name == loader.PROGRAM_NAME else f"{name} (id {program.program_id}, {program.mode})"
@@ -120,7 +120,7 @@ def _output(output: OutputState, counts: OutputCounts, facts: Mapping[str, Inter
     to = output.output
     if to.group or (to.interface and to.interface not in facts):
         return OutputSeen(counts)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(McrError):
         route = netlink.route_to(to.address, facts[to.interface].ifindex if to.interface else 0)
         if route.error or route.local:
             return OutputSeen(counts, route)
