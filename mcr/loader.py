@@ -18,6 +18,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -77,6 +78,9 @@ TRACEPOINTS = {"mcr_devmap_xmit": "xdp_devmap_xmit", "mcr_refused": "xdp_redirec
 BPF_INSTRUCTION = struct.Struct("=BBhi")  # struct bpf_insn of linux/bpf.h, as are the two below
 BPF_LOAD_64, BPF_PSEUDO_MAP_FD = 0x18, 1
 VERIFIER_LOG_BYTES = (4 << 20, 64 << 20)  # the second if the first is too small
+# What a refusal to load or to attach may have to do with neither.
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+GIVE_UP_POLL_S = 0.05
 BUSY_RETRY_S = 1.0
 OLDEST_KERNEL = (6, 1)
 TRY, TRACED = "--try", "--traced"
@@ -301,17 +305,18 @@ def ensure_bpffs() -> None:
         )
 
 
-def load(instance: str) -> None:
+def load(instance: str, given_up: threading.Event | None = None) -> None:
     """Compiles and pins the BPF side of an instance: aside first, then put in place by one rename.
 
-    Pins that an earlier supervisor left behind by dying are replaced.
+    Pins that an earlier supervisor left behind by dying are replaced. given_up: as soon as another thread
+    sets it, the child is killed, and McrError raised.
     """
     ensure_bpffs()
     final, staging = pin_dir(instance), pin_dir(f"{instance}~new")
     _remove(staging)
     try:
         staging.mkdir(parents=True)
-        _in_child(staging)
+        _in_child(staging, given_up=given_up)
         _remove(final)
         staging.rename(final)
     except PermissionError as error:
@@ -337,45 +342,55 @@ def try_loading(traced: bool) -> float:
     return time.monotonic() - begin_s
 
 
-def _in_child(directory: Path | str, *options: str) -> None:
-    limit_s = scaled(COMPILE_TIMEOUT_S)
+def _in_child(directory: Path | str, *options: str, given_up: threading.Event | None = None) -> None:
+    command = [sys.executable, "-m", "mcr.loader", str(directory), *options]
     try:
-        child = subprocess.run(
-            [sys.executable, "-m", "mcr.loader", str(directory), *options],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=limit_s,
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-    except subprocess.TimeoutExpired as error:
-        raise McrError(
-            f"compiling took more than {limit_s:g} s", slow_machine("look at the machine's load and memory")
-        ) from error
     except OSError as error:
         raise McrError(
             f"cannot start the BPF compiler: {error.strerror}",
             _remedy(error.errno or 0),
         ) from error
+    with child:
+        try:
+            stdout, stderr = _communicate(child, given_up)
+        finally:
+            child.kill()  # where it has ended this does nothing
     if child.returncode:
-        raise _child_error(child)
+        raise _child_error(child.returncode, stdout, stderr)
 
 
-def _child_error(child: subprocess.CompletedProcess[str]) -> McrError:
+def _communicate(child: subprocess.Popen[str], given_up: threading.Event | None) -> tuple[str, str]:
+    limit_s = scaled(COMPILE_TIMEOUT_S)
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.communicate(timeout=GIVE_UP_POLL_S)
+        if given_up is not None and given_up.is_set():
+            raise McrError("compiling was given up", "start again")
+    raise McrError(
+        f"compiling took more than {limit_s:g} s", slow_machine("look at the machine's load and memory")
+    )
+
+
+def _child_error(status: int, stdout: str, stderr: str) -> McrError:
     """The child's own error, with the compiler's first complaint in front of its remedy."""
     try:
-        error = json.loads(child.stdout.splitlines()[-1])
+        error = json.loads(stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        words = child.stderr.strip().splitlines() or ["it said nothing"]
+        words = stderr.strip().splitlines() or ["it said nothing"]
         return McrError(
-            f"the BPF compiler died (exit status {child.returncode}): {words[-1]}",
+            f"the BPF compiler died (exit status {status}): {words[-1]}",
             f"see it whole: {TRY_BY_HAND}",
         )
-    if "Operation not permitted" in child.stderr:
+    if "Operation not permitted" in stderr:
         return _not_permitted_to_load()
     for code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # the compiler makes the maps
-        if f"error: {os.strerror(code)}" in child.stderr:
+        if f"error: {os.strerror(code)}" in stderr:
             return McrError(f"cannot make the BPF maps: {os.strerror(code)}", _remedy(code))
-    complaints = [line.strip() for line in child.stderr.splitlines() if "error:" in line]
+    complaints = [line.strip() for line in stderr.splitlines() if "error:" in line]
     cause = f"{error['cause']}: {complaints[0]}" if complaints else error["cause"]
     return McrError(cause, error["remedy"], status=ExitStatus(error["status"]))
 
@@ -407,7 +422,8 @@ def open_pin(instance: str, name: str) -> int:
 def _open(path: Path) -> int:
     fd = int(lib.bpf_obj_get(bytes(path)))
     if fd < 0:
-        raise McrError(f"cannot open {path}: {os.strerror(-fd)}", "start a supervisor: mcr run")
+        remedy = _remedy(-fd) if -fd in NO_ROOM else "start a supervisor: mcr run"
+        raise McrError(f"cannot open {path}: {os.strerror(-fd)}", remedy)
     os.set_inheritable(fd, False)
     return fd
 
@@ -453,8 +469,10 @@ def adopt_link(instance: str, ifindex: int, interface: str) -> Link | None:
     from mcr.netlink import xdp_program
 
     path = link_dir(instance) / str(ifindex)
+    if not path.exists():
+        return None
     attached = xdp_program(interface)
-    if not path.exists() or attached is None or attached.mode == "offload":
+    if attached is None or attached.mode == "offload":
         return None
     return Link(open_pin(instance, f"links/{ifindex}"), attached.mode, path)
 
@@ -499,28 +517,35 @@ def program_name(program_id: int) -> str:
     return ffi.string(name).decode(errors="replace") or "without a name"
 
 
-def attach(program_fd: int, interface: str, ifindex: int, mode: Literal["auto", "native", "generic"]) -> Link:
+def attach(
+    program_fd: int,
+    interface: str,
+    ifindex: int,
+    mode: Literal["auto", "native", "generic"],
+    patiently: bool = True,
+) -> Link:
     """Attaches the program to an interface by a bpf_link.
 
     mode: `native` runs in the driver, `generic` in the stack, `auto` is native where the driver can.
+    patiently: blocks for up to BUSY_RETRY_S while there is another program, whose holder may have just died.
     Returns the link with the mode obtained. Raises McrError naming another program that is in the way, and
     XdpUnsupportedError.
     """
     modes: tuple[Mode, ...] = ("native", "generic") if mode == "auto" else (mode,)
     status = 0
     for wanted in modes:
-        status = _link(program_fd, ifindex, wanted)
+        status = _link(program_fd, ifindex, wanted, BUSY_RETRY_S if patiently else 0)
         if status >= 0:
             os.set_inheritable(status, False)
             return Link(status, wanted)
-        if -status in (errno.EBUSY, errno.EEXIST, errno.EPERM, errno.ENODEV):
+        if -status in (errno.EBUSY, errno.EEXIST, errno.EPERM, errno.ENODEV, *NO_ROOM):
             break
     raise _attach_error(interface, ifindex, modes[-1], -status)
 
 
-def _link(program_fd: int, ifindex: int, mode: Mode) -> int:
+def _link(program_fd: int, ifindex: int, mode: Mode, retry_s: float) -> int:
     """Retries while busy: a link whose holder has just died is released a moment later."""
-    deadline = time.monotonic() + BUSY_RETRY_S
+    deadline = time.monotonic() + retry_s
     while True:
         status = int(lib.mcr_link_xdp(program_fd, ifindex, mode == "generic"))
         if status != -errno.EBUSY or time.monotonic() > deadline:
@@ -529,6 +554,8 @@ def _link(program_fd: int, ifindex: int, mode: Mode) -> int:
 
 
 def _attach_error(interface: str, ifindex: int, mode: Mode, code: int) -> McrError:
+    if code in NO_ROOM:
+        return McrError(f"cannot attach XDP to {interface}: {os.strerror(code)}", _remedy(code))
     try:
         socket.if_indextoname(ifindex)
     except OSError:

@@ -58,6 +58,7 @@ def configure(level: str = "info", as_json: bool = False) -> None:
     handler.setFormatter(_JsonFormatter() if as_json else _PlainFormatter(FORMAT))
     logging.basicConfig(handlers=[handler], force=True)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a line that cannot be written is lost, and needs no further ones
     set_level(level)
 
 

@@ -69,7 +69,8 @@ def say(text: str, as_json: bool) -> None:
     if as_json:
         logging.getLogger("mcr").info("%s", text)
     else:
-        print(f"mcr: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a full disk behind it ends nothing
+            print(f"mcr: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
