@@ -112,7 +112,7 @@ class Life:
             kept = stack.enter_context(refuge.descriptors()) if refuge is not None else ()
             fds = (theirs.fileno(), *kept)
             arguments = map(str, (user_id, group_id, *fds))
-            child = subprocess.Popen(
+            child = subprocess.Popen(  # noqa: ASYNC220 - asyncio would not leave a child to the next supervisor
                 [*(sys.executable, "-s", "-S", "-P", "-m", "mcr.membership_process"), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -205,7 +205,7 @@ def main(arguments: list[str]) -> None:
         os._exit(1)
     try:
         _hold(supervisor, succession)
-    except BaseException as error:  # a traceback would read source files, which kills
+    except BaseException as error:  # noqa: BLE001 - a traceback would read source files, which kills
         kind = type(error)
         with contextlib.suppress(OSError):  # the supervisor that would have read it may have gone
             os.write(2, f"{kind.__module__}.{kind.__qualname__}: {error}\n".encode(errors="replace"))

@@ -9,7 +9,6 @@ told: clients do.
 
 import asyncio
 import base64
-import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -153,8 +152,7 @@ class Tap:
         async with self._turn:
             if self._collector is not None:
                 self._collector.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await self._collector
+                await asyncio.gather(self._collector, return_exceptions=True)
             self._collector = self._run = None
 
     def _find(self, number: int) -> _Run:
@@ -172,8 +170,10 @@ class Tap:
             self._drain(run, KEPT_BYTES + RING_BYTES)  # what is left in the rings has been told after all
         finally:
             self._release(run)
-        while time.monotonic() - run.heard_s <= scaled(LEASE_S):
-            await asyncio.sleep(POLL_S)
+        left_s = 0.0
+        while left_s >= 0:
+            await asyncio.sleep(left_s)
+            left_s = run.heard_s + scaled(LEASE_S) - time.monotonic()
         self._run = None
 
     def _is_over(self, run: _Run) -> bool:

@@ -4,6 +4,7 @@ A client that polls drives a trace: `trace.start` (or `capture.start`) gives an 
 since the last time, `trace.stop` ends it. This module must never touch a map; `tap.py` does.
 """
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,7 @@ async def capture_start(supervisor: "Supervisor", params: dict[str, Any]) -> obj
     try:
         for output in state.outputs if what != "before" else ():
             if not output.pending:
-                facts = _leaves_by(supervisor, output.output)
+                facts = await _leaves_by(supervisor, output.output)
                 egress.append(EgressTap(state.rule_id, output.output_id, output.output, facts, snaplen))
     except BaseException:
         for tap in egress:
@@ -109,13 +110,13 @@ async def capture_start(supervisor: "Supervisor", params: dict[str, Any]) -> obj
     return _begun(supervisor, await supervisor.tap.start(request, egress))
 
 
-def _leaves_by(supervisor: "Supervisor", output: Output) -> Any:
+async def _leaves_by(supervisor: "Supervisor", output: Output) -> Any:
     """The interface that the output leaves by now: its own, or that of the route."""
     if output.interface:
         return supervisor.facts[output.interface]
-    ifindex = netlink.route_to(output.address, 0).ifindex
+    route = await asyncio.to_thread(netlink.route_to, output.address, 0)
     for facts in supervisor.facts.values():
-        if facts.ifindex == ifindex:
+        if facts.ifindex == route.ifindex:
             return facts
     raise McrError(f"there is no route to {output.address}", f"see: ip route get {output.address}")
 

@@ -573,7 +573,7 @@ def test_an_answer_that_arrived_while_the_supervisor_was_held_up_counts(
         await asyncio.sleep(0)
         while not joined(lab, host):
             pass  # the loop stands still
-        time.sleep(1.5)
+        time.sleep(1.5)  # noqa: ASYNC251 - here too
         assert await answer == []
         assert (worker.held, worker.restarts) == (1, 0)
 
