@@ -15,6 +15,7 @@ from typing import Literal
 
 from mcr import loader, netlink
 from mcr.accounting import settle_worker
+from mcr.background import cause_of, in_thread
 from mcr.config import Attachment
 from mcr.desired import (
     InterfaceSpec,
@@ -35,6 +36,7 @@ from mcr.seat import Seat, all_done, differs
 from mcr.sockets import RouteProbe, open_packets
 
 NOBODY = 65534
+NO_QUEUE = "no receive queue is left for it"
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +64,8 @@ class AttachedInterface:
         self.xsk_base = xsk_base
         self.mode: Literal["", "native", "generic"] = ""
         self.ingress: Literal["", "xsk", "packet"] = ""
-        self.queue_count = 0
+        self.queue_count = 0  # those that are drained
+        self._queues_found = 0  # those that the driver uses
         self.spec = InterfaceSpec()
         self._log = logging.LoggerAdapter(log, {"interface": attachment.interface})
         self.seats = [
@@ -74,6 +77,7 @@ class AttachedInterface:
         self._reason = "not started"  # why it is not attached; empty if it is
         self._link: loader.Link | None = None
         self._facts: InterfaceFacts | None = None  # those that it is attached with
+        self._tried = 0  # the ifindex that the last attempt to attach failed at
         self._map_rules: dict[bytes, RuleSpec] = {}  # by key
         self._turn = asyncio.Lock()
 
@@ -86,6 +90,26 @@ class AttachedInterface:
         """Why it is not working, if it is not, or not wholly."""
         waiting = (seat.pending for seat in self.seats if seat.setup is not None and seat.pending)
         return self._reason or next(waiting, "")
+
+    @property
+    def shortfall(self) -> str:
+        """What it works without, though it works; empty if nothing is missing."""
+        if self.ingress != "xsk" or not self._queues_found:
+            return ""
+        if self._queues_found > MAX_QUEUES:
+            return (
+                f"{MAX_QUEUES} of {self._queues_found} receive queues are drained: packets of the worker path"
+                f" on the others drop as no_worker (ethtool -L {self.name} combined {MAX_QUEUES})"
+            )
+        if self.queue_count < len(self.seats):
+            queues = "1 queue" if self.queue_count == 1 else f"{self.queue_count} queues"
+            return f"{self.queue_count} of {len(self.seats)} workers: {queues}"
+        return ""
+
+    @property
+    def refused(self) -> dict[int, McrError]:
+        """Outputs, by id, whose socket cannot be opened."""
+        return {number: error for seat in self.seats for number, error in seat.refused.items()}
 
     @property
     def worker_pid(self) -> int | None:
@@ -118,19 +142,25 @@ class AttachedInterface:
 
     async def put(self, spec: InterfaceSpec) -> None:
         """Makes the interface what spec says, as far as it is attached: new outputs and rules before the
-        packets that need them, old ones after the last that does. Raises McrError."""
+        packets that need them, old ones after the last that does.
+
+        Raises McrError; if that is for an output whose socket cannot be opened, everything else is in place.
+        """
         async with self._turn:
+            before = self.refused.keys()
             self.spec = _with_routes(spec, self.spec)
             await all_done(seat.add(self.spec) for seat in self.seats)
             await self._sync_maps()  # the kernel path does not wait for a worker
             await all_done(seat.retire() for seat in self.seats)
+            if new := [error for number, error in self.refused.items() if number not in before]:
+                raise new[0]
 
     async def has_other_queues(self) -> bool:
         """Whether the driver uses another number of receive queues now: not all of them tell of a change."""
         if self._facts is None or self.ingress != "xsk":
             return False
-        with contextlib.suppress(McrError, OSError):
-            return await asyncio.to_thread(netlink.receive_queues, self.name) != self.queue_count
+        with contextlib.suppress(McrError):
+            return await asyncio.to_thread(netlink.receive_queues, self.name) != self._queues_found
         return False
 
     async def stop(self) -> None:
@@ -169,58 +199,58 @@ class AttachedInterface:
         return replace(facts, ingress=self.ingress)
 
     async def _start(self, facts: InterfaceFacts) -> None:
+        patiently, self._tried = facts.ifindex != self._tried, facts.ifindex
         try:
-            self._attach(facts)
+            await in_thread(lambda: self._attach(facts, patiently))
             await self._take_seats(facts)
-        except McrError as error:
+        except Exception as error:
             await all_done(seat.stop() for seat in self.seats)
             self._detach()
-            self._reason = str(error)
+            self._reason = cause_of(error)
             raise
         self._facts = facts
         self._reason = ""
+        self._tried = 0
 
     async def _take_seats(self, facts: InterfaceFacts) -> None:
-        self.queue_count = await self._count_queues() if self.ingress == "xsk" else 1
-        if self.ingress == "xsk" and self.queue_count < len(self.seats):
-            raise McrError(
-                f"{self.name} has {self.queue_count} receive queues, fewer than {len(self.seats)} workers",
-                f"choose --workers {self.queue_count}, or give it more (ethtool -L {self.name})",
-            )
+        self._queues_found = await self._count_queues() if self.ingress == "xsk" else 1
+        self._choose_queues()
         setups = self._choose_setups(facts)
         packets = open_packets(self.name, facts.ifindex, len(setups)) if self.ingress == "packet" else None
         await all_done(
             seat.start(setup, InterfaceSpec(), packets[seat.index] if packets else None)
-            for seat, setup in zip(self.seats, setups, strict=True)
+            for seat, setup in zip(self.seats, setups, strict=False)
         )
 
     async def _count_queues(self) -> int:
-        queues = await asyncio.to_thread(netlink.receive_queues, self.name)
-        if queues > MAX_QUEUES:
-            raise McrError(
-                f"{self.name} has {queues} receive queues, more than {MAX_QUEUES}",
-                f"ethtool -L {self.name} combined {MAX_QUEUES}",
-            )
-        return queues
+        return await asyncio.to_thread(netlink.receive_queues, self.name)
+
+    def _choose_queues(self) -> None:
+        """Drains those of the queues found that it can, and says once what is missing."""
+        self.queue_count = min(self._queues_found, MAX_QUEUES)
+        if not self.shortfall:
+            return
+        self._log.warning("%s: %s", self.name, self.shortfall)
+        for seat in self.seats[self.queue_count :]:
+            seat.pending = NO_QUEUE
 
     async def _follow_queues(self, facts: InterfaceFacts) -> None:
         """Replaces the workers whose share of the receive queues has changed. All of these end before the
         first of the new ones begins, because a queue has one socket."""
         queues = await self._count_queues()
-        if queues == self.queue_count:
+        if queues == self._queues_found:
             return
-        self._log.info("%s: %d receive queues instead of %d", self.name, queues, self.queue_count)
-        if queues < len(self.seats):
-            self._log.warning("%s: only %d of %d workers have a queue", self.name, queues, len(self.seats))
-        self.queue_count = queues
+        self._log.info("%s: %d receive queues instead of %d", self.name, queues, self._queues_found)
+        self._queues_found = queues
+        self._choose_queues()
         setups = dict(enumerate(self._choose_setups(facts)))
         concerned = [seat for seat in self.seats if seat.setup != setups.get(seat.index)]
-        await all_done(seat.stop("no receive queue is left for it") for seat in concerned)
+        await all_done(seat.stop(NO_QUEUE) for seat in concerned)
         try:
-            self._attach_to_new_queues(facts)
-        except McrError as error:
+            await in_thread(lambda: self._attach_to_new_queues(facts))
+        except Exception as error:
             await self._take_down()
-            self._reason = str(error)
+            self._reason = cause_of(error)
             raise
         await all_done(
             seat.start(setups[seat.index], self.spec, None, patiently=True)
@@ -228,8 +258,11 @@ class AttachedInterface:
             if seat.index in setups
         )
 
-    def _attach(self, facts: InterfaceFacts) -> None:
-        """XDP, unless the ingress needs none. Only `auto` falls back to AF_PACKET, where XDP cannot run."""
+    def _attach(self, facts: InterfaceFacts, patiently: bool) -> None:
+        """XDP, unless the ingress needs none. Only `auto` falls back to AF_PACKET, where XDP cannot run.
+
+        Blocks. patiently: waits for the link of a process that has just died.
+        """
         if self._link is not None:
             return
         self.ingress = "packet" if self.attachment.ingress == "packet" else "xsk"
@@ -238,7 +271,7 @@ class AttachedInterface:
         mode = self.attachment.mode
         try:
             self._link = self._adopt(facts) or loader.attach(
-                self._maps.program_fd, self.name, facts.ifindex, mode
+                self._maps.program_fd, self.name, facts.ifindex, mode, patiently
             )
         except loader.XdpUnsupportedError as error:
             if self.attachment.ingress != "auto" or mode != "auto":
@@ -259,7 +292,8 @@ class AttachedInterface:
 
     def _attach_to_new_queues(self, facts: InterfaceFacts) -> None:
         """A veth device runs a program only on the queues that it had when the program was attached, and
-        hands the packets of others to the stack (veth_set_channels in the kernel's drivers/net/veth.c)."""
+        hands the packets of others to the stack (veth_set_channels in the kernel's drivers/net/veth.c).
+        Blocks."""
         if self._link is None or self.mode != "native" or not netlink.is_veth(self.name):
             return
         self._link.close()
@@ -281,6 +315,7 @@ class AttachedInterface:
             self._link = None
         self.mode = ""
         self._facts = None
+        self.queue_count = self._queues_found = 0
 
     def _choose_setups(self, facts: InterfaceFacts) -> list[WorkerSetup]:
         """One for each worker that has a share of the queues."""

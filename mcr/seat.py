@@ -5,16 +5,16 @@ before it takes traffic. This module must never decide what a worker shall do: `
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from mcr.background import cause_of, surviving
 from mcr.desired import InterfaceSpec, OutputSpec, RuleSpec, WorkerSetup
 from mcr.errors import McrError
 from mcr.maps import Maps
@@ -60,7 +60,8 @@ class Seat:
 
     index: from 0, among the workers of the interface. slot: of its counters. settle: told the rules and
     outputs, by id, of a worker that has ended. pending: why no worker takes
-    traffic, empty if one does. crash_loop: its workers keep ending, see CRASH_LOOP_ENDS.
+    traffic, empty if one does. crash_loop: its workers keep ending, see CRASH_LOOP_ENDS. refused: outputs, by
+    id, whose socket cannot be opened; their rules do without them until a later `add` can.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Seat:
         self.restarts = 0
         self.pending = "not started"
         self.crash_loop = False
+        self.refused: dict[int, McrError] = {}
         self._xsk_base = xsk_base
         self._maps = maps
         self._settle = settle
@@ -109,12 +111,13 @@ class Seat:
         """
         async with self._turn:
             self.setup, self._packet, self._spec = setup, packet, spec
+            self._forget_ends()
             try:
                 await self._seat(setup)
-            except (McrError, WorkerGoneError) as error:
-                await self._bury(str(error))
+            except Exception as error:
+                await self._bury(cause_of(error))
                 if not patiently:
-                    self._vacate(str(error))
+                    self._vacate(cause_of(error))
                     if isinstance(error, McrError):
                         raise
                     raise McrError(f"{self.name}: the worker died: {error}", "see the log") from error
@@ -124,12 +127,13 @@ class Seat:
         """Drains the worker, and takes its sockets out of the map before."""
         if self._keeper is not None:
             self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
+            await asyncio.gather(self._keeper, return_exceptions=True)
             self._keeper = None
         async with self._turn:
             self._close_ingress()
             if self._worker is not None:
+                if self.pending:  # it takes no traffic, so there is nothing to drain
+                    self._worker.kill()
                 await self._worker.shut_down()
                 self._worker = None
                 await self._settle(self._told.rules, self._told.outputs)
@@ -151,6 +155,7 @@ class Seat:
     def _vacate(self, reason: str) -> None:
         self._told = _Told()
         self.setup = None
+        self.refused = {}
         if self._packet is not None:
             self._packet.close()
             self._packet = None
@@ -192,16 +197,21 @@ class Seat:
 
     async def _tell_new(self, worker: WorkerProcess) -> None:
         told = self._told
+        self.refused = {}
         await _pipelined(
             self._add_output(worker, spec)
             for output_id, spec in self._spec.outputs.items()
             if differs(told.outputs.get(output_id), spec)
         )
+        possible = (self._without_refused(rule) for rule in self._spec.rules.values() if not rule.kernel)
         await _pipelined(
-            self._set_rule(worker, rule)
-            for rule_id, rule in self._spec.rules.items()
-            if not rule.kernel and differs(told.rules.get(rule_id), rule)
+            self._set_rule(worker, rule) for rule in possible if differs(told.rules.get(rule.rule_id), rule)
         )
+
+    def _without_refused(self, rule: RuleSpec) -> RuleSpec:
+        if self.refused.keys().isdisjoint(rule.output_ids):
+            return rule
+        return replace(rule, output_ids=tuple(each for each in rule.output_ids if each not in self.refused))
 
     async def _tell_gone(self, worker: WorkerProcess) -> None:
         told, rules = self._told, self._spec.rules
@@ -211,7 +221,12 @@ class Seat:
         await _pipelined(self._delete_output(worker, number) for number in gone)
 
     async def _add_output(self, worker: WorkerProcess, spec: OutputSpec) -> None:
-        with open_output(spec.output, spec.ifindex) as udp:
+        try:
+            udp = open_output(spec.output, spec.ifindex)
+        except McrError as error:
+            self.refused[spec.output_id] = error
+            return
+        with udp:
             await worker.add_output(spec, udp)
         self._told.outputs[spec.output_id] = spec
 
@@ -232,14 +247,16 @@ class Seat:
     async def _keep(self) -> None:
         """Keeps a worker seated."""
         while True:
-            if self._worker is not None:
-                cause = await self._watch(self._worker)
-                async with self._turn:
-                    await self._bury(cause)
+            with surviving(self._log, self.name):
+                if self._worker is not None:
+                    cause = await self._watch(self._worker)
+                    async with self._turn:
+                        await self._bury(cause)
             await asyncio.sleep(self._backoff_s)
             self._backoff_s = min(2 * self._backoff_s, BACKOFF_LAST_S)
-            async with self._turn:
-                await self._revive()
+            with surviving(self._log, self.name):
+                async with self._turn:
+                    await self._revive()
 
     async def _watch(self, worker: WorkerProcess) -> str:
         """Pings until the worker ends or falls silent. Returns the cause."""
@@ -261,23 +278,28 @@ class Seat:
 
     def _recover(self) -> None:
         """The worker has lived long enough to forget how the earlier ones ended."""
+        if self.crash_loop:
+            self._log.info("%s: its worker is stable again", self.name)
+        self._forget_ends()
+
+    def _forget_ends(self) -> None:
         self._backoff_s = BACKOFF_FIRST_S
         self._ends_s.clear()
-        if self.crash_loop:
-            self.crash_loop = False
-            self._log.info("%s: its worker is stable again", self.name)
+        self.crash_loop = False
 
     async def _bury(self, cause: str) -> None:
         """Ends what is left of a worker that has failed, and keeps its last words as the reason."""
         worker, self._worker = self._worker, None
-        if worker is None:
-            return
         self._close_ingress()
-        worker.kill()
-        await worker.end()
-        self._log.error("%s: worker %d: %s", self.name, worker.pid, cause)
-        self._count_end(worker.last_words or cause)
-        self.pending = f"its worker is being restarted: {worker.last_words or cause}"
+        if worker is not None:
+            worker.kill()
+            await worker.end()
+            self._log.error("%s: worker %d: %s", self.name, worker.pid, cause)
+            cause = worker.last_words or cause
+            self._count_end(cause)
+        elif not self.pending.endswith(cause):  # once for each cause, not for each attempt
+            self._log.error("%s: no worker can be started: %s", self.name, cause)
+        self.pending = f"its worker is being restarted: {cause}"
         await self._settle(self._told.rules, self._told.outputs)
 
     def _count_end(self, cause: str) -> None:
@@ -296,8 +318,8 @@ class Seat:
         self.restarts += 1
         try:
             await self._seat(self.setup)
-        except (McrError, WorkerGoneError) as error:
-            await self._bury(str(error))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next attempt follows
+            await self._bury(cause_of(error))
 
 
 def differs(old: object, new: object) -> bool:

@@ -9,11 +9,13 @@ import contextlib
 import logging
 import resource
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from mcr import instance_lock, logs, metrics, privileges, views
+from mcr.background import Tasks, surviving
 from mcr.config import Attachment, Config, load_config, parse_attachment, parse_listen, parse_rule
 from mcr.connection import Peer
 from mcr.control import socket_path
@@ -29,6 +31,7 @@ from mcr.tap_methods import capture_start, trace_read, trace_start, trace_stop
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Method = Callable[[Supervisor, dict[str, Any]], Awaitable[object]]
 
 
@@ -45,7 +48,12 @@ def _name(params: dict[str, Any]) -> str | None:
 
 async def _attach(supervisor: Supervisor, params: dict[str, Any]) -> object:
     interface = await supervisor.attach(parse_attachment(params))
-    return {"interface": interface.name, "mode": interface.mode or "none", "ingress": interface.ingress}
+    return {
+        "interface": interface.name,
+        "mode": interface.mode or "none",
+        "ingress": interface.ingress,
+        "shortfall": interface.shortfall,
+    }
 
 
 async def _detach(supervisor: Supervisor, params: dict[str, Any]) -> object:
@@ -101,7 +109,7 @@ async def _log_set(_: Supervisor, params: dict[str, Any]) -> object:
     return None
 
 
-async def _reload(supervisor: Supervisor, _: dict[str, Any]) -> object:
+async def _reload_files(supervisor: Supervisor, _: dict[str, Any]) -> object:
     await supervisor.reload()
     return None
 
@@ -131,7 +139,7 @@ METHODS: dict[str, tuple[Method, bool]] = {
     "rule.show": (_rule_show, True),
     "status": (_status, True),
     "stats": (_stats, True),
-    "reload": (_reload, False),
+    "reload": (_reload_files, False),
     "explain": (_explain, True),
     "joins": (_joins, True),
     "log": (_log, True),
@@ -195,16 +203,16 @@ async def run(
 
     attachment: an interface to attach at once. on_exit="keep" leaves the kernel path and the joins, and
     replace_kept starts afresh where an earlier supervisor has left it. ready is called when everything asked
-    for is in place.
+    for is in place. A signal that comes before that ends the start at once.
     """
-    config = load_config(config_paths)
-    address = _metrics_address(config, metrics_option)
-    privileges.check()
-    service = Service()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    config = load_config(config_paths)
+    address = _metrics_address(config, metrics_option)
+    privileges.check()
+    service = Service()
     _raise_file_limit()
     everyone_reads = config.control_read == "all"
     server = ControlServer(socket_path(instance), service.handle, everyone_reads=everyone_reads)
@@ -212,27 +220,46 @@ async def run(
         stack.enter_context(instance_lock.held(instance))
         await server.start()
         stack.push_async_callback(server.close)
-        supervisor = await stack.enter_async_context(
-            Supervisor(instance, config_paths, on_exit, replace_kept)
-        )
-        if attachment is not None:
-            await supervisor.attach(attachment)
-        if address is not None:
-            listen = metrics.Listen(*address, config.metrics_tls)
-            stack.enter_context(metrics.serve(supervisor, listen, lambda: server.client_count))
-        reloads: set[asyncio.Task[None]] = set()
-        loop.add_signal_handler(
-            signal.SIGHUP, lambda: reloads.add(asyncio.create_task(_reload_logged(supervisor)))
-        )
-        service.supervisor = supervisor
-        ready(supervisor)
-        alive = asyncio.create_task(keep_alive(), name="mcr-watchdog")
-        stack.callback(alive.cancel)
-        notify("READY=1", _status_line(supervisor))
-        await stop.wait()
+
+        async def start() -> Supervisor:
+            supervisor = await stack.enter_async_context(
+                Supervisor(instance, config_paths, on_exit, replace_kept)
+            )
+            if attachment is not None:
+                await supervisor.attach(attachment)
+            return supervisor
+
+        supervisor = await _unless(stop, start())
+        if supervisor is not None:
+            if address is not None:
+                listen = metrics.Listen(*address, config.metrics_tls)
+                stack.enter_context(metrics.serve(supervisor, listen, lambda: server.client_count))
+            reloads = Tasks(log)
+            stack.push_async_callback(reloads.stop)
+            loop.add_signal_handler(signal.SIGHUP, reloads.start, partial(_reload, supervisor), "reload")
+            service.supervisor = supervisor
+            ready(supervisor)
+            alive = asyncio.create_task(keep_alive(), name="mcr-watchdog")
+            stack.callback(alive.cancel)
+            notify("READY=1", _status_line(supervisor))
+            await stop.wait()
         log.info("stopping")
         notify("STOPPING=1")
         service.supervisor = None
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """What work returns; None if it is stopped before, which it cleans up after."""
+    doing, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([doing, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+        doing.cancel()
+        await asyncio.gather(doing, return_exceptions=True)
+        return None
+    finally:
+        stopped.cancel()
 
 
 def _status_line(supervisor: Supervisor) -> str:
@@ -240,14 +267,9 @@ def _status_line(supervisor: Supervisor) -> str:
     return f"STATUS={attached} interfaces attached, {len(supervisor.desired.rules)} rules"
 
 
-async def _reload_logged(supervisor: Supervisor) -> None:
+async def _reload(supervisor: Supervisor) -> None:
     reloading()
-    try:
+    with surviving(log, "reload changed nothing"):
         await supervisor.reload()
         log.info("reloaded")
-    except McrError as error:
-        for each in error.each():
-            log.error("reload changed nothing: %s (%s)", each, each.remedy)
-        if error.unshown:
-            log.error("reload changed nothing: %d more errors: mcr check FILE", error.unshown)
     notify("READY=1", _status_line(supervisor))

@@ -31,7 +31,7 @@ LOST = ("receive_ring_full", "fill_ring_empty", "socket_dropped")
 async def gather(supervisor: "Supervisor", query: Query) -> Situation:
     """Everything that explaining a stream needs, of the rule that takes it and of its interface."""
     stream = query.stream
-    rules, facts = supervisor.desired.rules, supervisor.facts
+    rules, facts = supervisor.rules, supervisor.facts
     found = matching(stream, rules.values())
     state = found[0] if found else None
     counts = supervisor.maps.rule_counts(state.rule_id) if state else None

@@ -10,15 +10,19 @@ import contextlib
 import gc
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from mcr import keep, loader
 from mcr.accounting import settle_worker
 from mcr.attached import AttachedInterface
+from mcr.background import Tasks, every, in_thread, surviving
 from mcr.config import Attachment, Config, load_config
 from mcr.desired import Desired, IdPool, Ids, Realiser, RuleState
 from mcr.errors import Faults, McrError
@@ -100,6 +104,7 @@ class Supervisor:
         self.config_paths = tuple(config_paths)
         self.keep = on_exit == "keep"
         self._replace_kept = replace_kept
+        self._has_pins = False
         self.state = DesiredState()
         self.desired = Desired({}, {}, frozenset())
         self.attached: dict[str, AttachedInterface] = {}
@@ -115,7 +120,8 @@ class Supervisor:
         self._slots = IdPool(MAX_WORKERS + 1, "worker")
         self._turn = asyncio.Lock()
         self._stack = contextlib.AsyncExitStack()
-        self._background: set[asyncio.Task[None]] = set()
+        self._background = Tasks(log)
+        self._links_moved = asyncio.Event()
 
     @property
     def facts(self) -> Mapping[str, InterfaceFacts]:
@@ -125,6 +131,18 @@ class Supervisor:
             if name in facts:
                 facts[name] = replace(facts[name], mode=interface.mode, ingress=interface.ingress)
         return facts
+
+    @property
+    def rules(self) -> Mapping[str, RuleState]:
+        """What became of the rules, by name: outputs whose socket cannot be opened are pending, too."""
+        refused = {
+            number: error.cause
+            for interface in self.attached.values()
+            for number, error in interface.refused.items()
+        }
+        if not refused:
+            return self.desired.rules
+        return {name: _with_refused(state, refused) for name, state in self.desired.rules.items()}
 
     def redirect_losses(self) -> dict[str, int]:
         """What devices did not take of the kernel path's packets, by egress interface."""
@@ -136,8 +154,9 @@ class Supervisor:
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self.membership.stop)
             await self.membership.find()
-            adopted = await asyncio.to_thread(self._load)
             stack.callback(self._unload)
+            given_up = threading.Event()
+            adopted = await in_thread(lambda: self._load(given_up), on_cancel=given_up.set)
             self.maps = stack.enter_context(Maps(self.instance))
             self.rule_maps = RuleMaps(self.maps)
             for program in loader.TRACEPOINTS:
@@ -154,9 +173,7 @@ class Supervisor:
             await self._start_config()
             if adopted:
                 await self._drop_unwanted()
-            self._in_background(self._retry(), "mcr-retry")
-            self._in_background(self._watch_queues(), "mcr-queues")
-            self._in_background(self._settle(), "mcr-settle")
+            self._start_loops()
             self._stack = stack.pop_all()
         gc.freeze()  # what a start makes stays: looking through it held the loop for 50 ms with 2,000 rules
         return self
@@ -168,18 +185,20 @@ class Supervisor:
         """
         await self._stack.aclose()
 
-    def _load(self) -> bool:
+    def _load(self, given_up: threading.Event) -> bool:
         """Loads the BPF side, or adopts what was left forwarding. Returns whether it adopted."""
         if keep.is_forwarding(self.instance) and not self._replace_kept:
             keep.check_layout(self.instance)
             self._ids = keep.load_ids(self.instance)
             log.info("adopting the kernel path that is forwarding")
+            self._has_pins = True
             return True
-        loader.load(self.instance)
+        loader.load(self.instance, given_up)
+        self._has_pins = True
         return False
 
     def _unload(self) -> None:
-        if not self.keep:
+        if self._has_pins and not self.keep:
             loader.unload(self.instance)
             keep.forget(self.instance)
 
@@ -208,12 +227,13 @@ class Supervisor:
             await self._apply(self.state, quietly=True)
 
     async def _stop(self) -> None:
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._background.stop()
         async with self._turn:
             stops = (each.leave() if self.keep else each.stop() for each in self.attached.values())
-            await asyncio.gather(*stops)
+            for outcome in await asyncio.gather(*stops, return_exceptions=True):
+                with surviving(log, "an interface could not be detached"):
+                    if isinstance(outcome, BaseException):
+                        raise outcome
             self.attached.clear()
 
     # --- commands
@@ -375,37 +395,44 @@ class Supervisor:
 
     # --- by itself
 
-    def _in_background(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        task = asyncio.create_task(work, name=name)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+    def _start_loops(self) -> None:
+        for turn, interval_s, name, what in (
+            (self._retry, RETRY_INTERVAL_S, "mcr-retry", "trying again what is pending"),
+            (self._watch_queues, QUEUES_INTERVAL_S, "mcr-queues", "looking at the receive queues"),
+            (self._settle, SETTLE_INTERVAL_S, "mcr-settle", "settling what was lost"),
+            (self._follow_links, 0, "mcr-links", "following the links"),
+        ):
+            self._background.start(partial(every, interval_s, turn, log, what), name)
 
     def _links_changed(self, _: dict[str, InterfaceFacts]) -> None:
-        self._in_background(self._apply_again(), "mcr-links")
+        self._links_moved.set()
+
+    async def _follow_links(self) -> None:
+        """However many changes came during the last turn, one follows."""
+        await self._links_moved.wait()
+        self._links_moved.clear()
+        log.debug("the links have changed")
+        await self._apply_again()
 
     async def _apply_again(self) -> None:
         async with self._turn:
             await self._apply(self.state, quietly=True)
 
     async def _retry(self) -> None:
-        """Tries again what could not be attached: what was in its way may have gone without an event."""
-        while True:
-            await asyncio.sleep(RETRY_INTERVAL_S)
-            if any(each.pending and each.name in self.facts for each in self.attached.values()):
-                await self._apply_again()
+        """Tries again what could not be attached or opened: what was in its way may have gone without an
+        event."""
+        facts = self._monitor.facts
+        if any(each.name in facts and (each.pending or each.refused) for each in self.attached.values()):
+            await self._apply_again()
 
     async def _settle(self) -> None:
         """Settles what nobody saw getting lost, once its rules and outputs are at rest."""
-        while True:
-            await asyncio.sleep(SETTLE_INTERVAL_S)
-            await self.rule_maps.resting.settle()
+        await self.rule_maps.resting.settle()
 
     async def _watch_queues(self) -> None:
-        while True:
-            await asyncio.sleep(QUEUES_INTERVAL_S)
-            for interface in list(self.attached.values()):
-                if await interface.has_other_queues():
-                    await self._apply_again()
+        for interface in list(self.attached.values()):
+            if await interface.has_other_queues():
+                await self._apply_again()
 
 
 def _take_config(state: DesiredState, config: Config) -> None:
@@ -441,16 +468,19 @@ def _lasting(state: DesiredState) -> dict[str, Rule]:
     return {name: rule for name, rule in state.runtime_rules.items() if not rule.temporary}
 
 
-@contextlib.contextmanager
-def _logging_errors(interface: str, quietly: bool) -> Iterator[None]:
+def _logging_errors(interface: str, quietly: bool) -> AbstractContextManager[None]:
     """quietly: an error is logged instead of raised."""
-    try:
-        yield
-    except McrError as error:
-        if not quietly:
-            raise
-        extra = {"interface": interface}
-        log.error("%s: %s (%s)", interface, error.cause, error.remedy, extra=extra)
+    if not quietly:
+        return contextlib.nullcontext()
+    return surviving(logging.LoggerAdapter(log, {"interface": interface}), interface)
+
+
+def _with_refused(state: RuleState, refused: Mapping[int, str]) -> RuleState:
+    outputs = tuple(
+        replace(output, pending=output.pending or refused.get(output.output_id, ""))
+        for output in state.outputs
+    )
+    return replace(state, outputs=outputs) if outputs != state.outputs else state
 
 
 def _no_interface(interface: str) -> McrError:

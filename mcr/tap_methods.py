@@ -83,7 +83,7 @@ async def capture_start(supervisor: "Supervisor", params: dict[str, Any]) -> obj
         raise RequestError(INVALID_PARAMS, "what must be before, after or both")
     snaplen = int(_number(params, "snaplen", 1, LARGEST_SNAPLEN))
     count = params.get("count")
-    state = supervisor.desired.rules.get(name)
+    state = supervisor.rules.get(name)
     if state is None:
         raise McrError(f"there is no rule {name!r}", "see which there are: mcr rule show")
     _check_attached(supervisor, state.rule.stream.interface)

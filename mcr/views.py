@@ -41,6 +41,7 @@ def status(supervisor: "Supervisor") -> list[Row]:
                 "ifindex": facts[interface.name].ifindex if interface.name in facts else None,
                 "state": "pending" if interface.pending else "attached",
                 "reason": interface.pending,
+                "shortfall": interface.shortfall,
                 "mode": interface.mode or "none",
                 "ingress": interface.ingress,
                 "zero_copy": interface.zero_copy,
@@ -182,7 +183,7 @@ def _stats(supervisor: "Supervisor", states: list[RuleState], latency: bool) -> 
 
 
 def _chosen(supervisor: "Supervisor", name: str | None) -> list[RuleState]:
-    states = supervisor.desired.rules
+    states = supervisor.rules
     if name is None:
         return list(states.values())
     if name not in states:

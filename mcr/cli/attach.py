@@ -28,15 +28,17 @@ def _become_supervisor(
 
     def ready(supervisor: Supervisor) -> None:
         interface = supervisor.attached[attachment.interface]
-        _report(interface.name, interface.mode or "none", interface.ingress)
+        _report(interface.name, interface.mode or "none", interface.ingress, interface.shortfall)
         say("no supervisor was running, so this is one now; Ctrl-C ends it", log_json)
 
     with errors_logged(log_json):
         asyncio.run(run(settings.instance, attachment=attachment, ready=ready))
 
 
-def _report(interface: str, mode: str, ingress: str) -> None:
+def _report(interface: str, mode: str, ingress: str, shortfall: str) -> None:
     print(f"attached {interface}: mode {mode}, ingress {ingress}", flush=True)
+    if shortfall:
+        print(f"{interface}: {shortfall}", flush=True)
 
 
 @click.command(name="attach")
@@ -82,4 +84,4 @@ def command(settings: Settings, /, log_level: str | None, log_json: bool, **opti
             raise
         _become_supervisor(settings, options, log_level, log_json)
     else:
-        _report(done["interface"], done["mode"], done["ingress"])
+        _report(done["interface"], done["mode"], done["ingress"], done["shortfall"])

@@ -46,8 +46,8 @@ def command(settings: Settings, as_json: bool) -> None:
         if row["crash_loop"]:
             print(f"{row['interface']}: crash loop of worker {row['worker']}")
     for row in interfaces:
-        if row["reason"]:
-            print(f"{row['interface']}: {row['reason']}")
+        for text in filter(None, (row["reason"], row["shortfall"])):
+            print(f"{row['interface']}: {text}")
     for row in rows:
         if row["object"] == "membership":
             print(
