@@ -398,7 +398,7 @@ def run(cells: TextIO) -> None:
         for phase in _chosen():
             try:
                 phase(trial)
-            except Exception:
+            except Exception:  # noqa: BLE001 (the other phases have their turn whatever this one did)
                 traceback.print_exc()
             _log(f"{phase.__name__} done after {time.monotonic() - begun:.0f} s")
         with suppress(LabError, OSError):
