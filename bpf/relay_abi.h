@@ -190,7 +190,10 @@ enum mcr_metadata_flag {
 	MCR_METADATA_TRACED = 4,	 /* whoever handles the packet tells what becomes of it */
 };
 
-/* Written by XDP in front of the frame; the worker, and the egress program, read it and not the headers. */
+/*
+ * Written by XDP in front of the frame; the worker, and the egress program, read it and not the headers. For the worker
+ * it is the first bytes of what AF_XDP receives, for the egress program it is XDP's own kind of metadata.
+ */
 struct mcr_metadata {
 	union {
 		__u64 rx_time_ns; /* worker path: CLOCK_MONOTONIC at the XDP hook */

@@ -251,6 +251,23 @@ static __always_inline int leave_metadata(struct xdp_md *ctx, const struct mcr_m
 	return 0;
 }
 
+/*
+ * As the first bytes of the packet itself, because not every driver hands over metadata (vmxnet3, and tap before 6.15),
+ * while each has room for a header. Every packet pointer is invalid after it but the new one.
+ */
+static __always_inline int prepend_metadata(struct xdp_md *ctx, const struct mcr_metadata *values)
+{
+	struct mcr_metadata *metadata;
+
+	if (bpf_xdp_adjust_head(ctx, -(int)sizeof(*metadata)))
+		return -1;
+	metadata = (void *)(long)ctx->data;
+	if ((void *)(metadata + 1) > (void *)(long)ctx->data_end)
+		return -1;
+	*metadata = *values;
+	return 0;
+}
+
 /* --- what a trace or capture is told */
 
 /* In front of a marked clone: the egress program has to know which packet it tells of. */
@@ -359,7 +376,7 @@ static __always_inline int relay_to_worker(struct xdp_md *ctx, struct mcr_rule_s
 	int action;
 
 	stats->last_seen_ns = metadata->rx_time_ns;
-	if (leave_metadata(ctx, metadata))
+	if (prepend_metadata(ctx, metadata))
 		return drop(stats, MCR_DROP_NO_METADATA);
 	action = xsks.redirect_map(xsk, XDP_DROP); /* XDP_DROP comes back when the map has no socket there */
 	if (action != XDP_REDIRECT)

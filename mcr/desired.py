@@ -26,7 +26,8 @@ VLAN_TAG_BYTES = 4
 IPV4_UDP_BYTES = 28
 IPV6_UDP_BYTES = 48
 LARGEST_PAYLOAD = 65487
-FRAME_HEADROOM = 256  # XDP_PACKET_HEADROOM, before every frame of an AF_XDP pool; AF_PACKET needs less
+# XDP_PACKET_HEADROOM and metadata, before every packet in a frame of an AF_XDP pool; AF_PACKET needs less.
+FRAME_HEADROOM = 256 + int(ffi.sizeof("struct mcr_metadata"))
 FRAME_COUNT = 8192
 SMALL_FRAME, LARGE_FRAME = 2048, 4096
 # AF_PACKET hands over super-packets: each of its frames holds the largest IP packet.

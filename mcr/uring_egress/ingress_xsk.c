@@ -149,14 +149,14 @@ static int read_packet(struct worker *worker, const struct xdp_desc *descriptor,
 		       struct packet *packet)
 {
 	const struct mcr_metadata *metadata;
-	uint8_t *frame = worker->pool + descriptor->addr;
+	uint8_t *start = worker->pool + descriptor->addr;
 
-	metadata = (const struct mcr_metadata *)(frame - sizeof(*metadata));
-	if (metadata->rule_id >= MCR_MAX_RULES ||
-	    (uint32_t)metadata->payload_offset + metadata->payload_length > descriptor->len)
+	metadata = (const struct mcr_metadata *)start;
+	if (descriptor->len < sizeof(*metadata) || metadata->rule_id >= MCR_MAX_RULES ||
+	    sizeof(*metadata) + metadata->payload_offset + metadata->payload_length > descriptor->len)
 		return worker_fail(worker, EPROTO, "a packet without the metadata of mcr_relay");
 	*packet = (struct packet){
-		.frame = frame,
+		.frame = start + sizeof(*metadata),
 		.rx_time_ns = metadata->rx_time_ns,
 		.frame_index = (uint32_t)(descriptor->addr / worker->setup.frame_size),
 		.rule_id = metadata->rule_id,
@@ -187,8 +187,7 @@ static int xsk_take(struct worker *worker)
 			continue;
 		/* The frames were written by another CPU: fetch all the metadata at once, not one by one. */
 		for (uint32_t j = 0; j < count; j++)
-			__builtin_prefetch(worker->pool + xsk_ring_cons__rx_desc(receive, first + j)->addr -
-					   sizeof(struct mcr_metadata));
+			__builtin_prefetch(worker->pool + xsk_ring_cons__rx_desc(receive, first + j)->addr);
 		for (uint32_t j = 0; j < count && !status; j++)
 			status = read_packet(worker, xsk_ring_cons__rx_desc(receive, first + j), queue,
 					     &worker->batch[j]);

@@ -9,15 +9,19 @@
 
 #include "core.h"
 
-enum { METADATA_END = 256 }; /* XDP_PACKET_HEADROOM: where AF_XDP puts the Ethernet header in a frame */
+enum { HEADROOM = 256 }; /* XDP_PACKET_HEADROOM: where a driver, or the copying, puts a packet in its frame */
 
 /* The metadata of a marked packet, NULL for any other one. */
 static const struct mcr_metadata *marked(const struct worker *worker, uint32_t frame, uint32_t rule_id)
 {
-	const uint8_t *end = worker->pool + (size_t)frame * worker->setup.frame_size + METADATA_END;
-	const struct mcr_metadata *metadata = (const struct mcr_metadata *)(end - sizeof(*metadata));
+	const uint8_t *start = worker->pool + (size_t)frame * worker->setup.frame_size + HEADROOM;
+	const struct mcr_metadata *metadata = (const struct mcr_metadata *)start;
 
-	if (worker->setup.ingress != MCR_INGRESS_XSK || !(metadata->flags & MCR_METADATA_TRACED) ||
+	if (worker->setup.ingress != MCR_INGRESS_XSK)
+		return NULL;
+	if (xsk_zero_copy(worker))
+		metadata--; /* the driver had put the packet there before XDP put this in front of it */
+	if (!(metadata->flags & MCR_METADATA_TRACED) ||
 	    metadata->rule_id != rule_id)
 		return NULL;
 	return metadata;

@@ -24,6 +24,7 @@ from mcr.tap_events import Event, decode
 LARGEST_FRAME = 1 << 17
 FRAME_LIMIT = 1522
 READ_BYTES = 1 << 20
+METADATA_BYTES = ffi.sizeof("struct mcr_metadata")
 # linux/if_xdp.h
 AF_XDP, SOL_XDP = 44, 283
 XDP_RX_RING, XDP_UMEM_REG, XDP_UMEM_FILL_RING, XDP_UMEM_COMPLETION_RING = 2, 4, 5, 6
@@ -57,10 +58,9 @@ class Metadata:
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """What a worker reads: the struct that ends where the frame begins."""
-        size = ffi.sizeof("struct mcr_metadata")
-        assert len(data) >= size
+        assert len(data) >= METADATA_BYTES
         metadata = ffi.new("struct mcr_metadata *")
-        ffi.memmove(metadata, data[-size:], size)
+        ffi.memmove(metadata, data[-METADATA_BYTES:], METADATA_BYTES)
         return cls(**{each.name: getattr(metadata, each.name) for each in fields(cls)})
 
 
@@ -204,6 +204,8 @@ class Relay:
             raise OSError(-status, "BPF_PROG_TEST_RUN")
         left = ffi.buffer(self._out, length[0])[:]
         split = metadata_length[0]
+        if length[0] - split == len(frame) + METADATA_BYTES:  # for a worker: no output adds so much
+            split += METADATA_BYTES
         metadata = Metadata.from_bytes(left[:split]) if left[:split] != metadata_before else None
         return Result(Verdict(verdict[0]), left[split:], metadata)
 

@@ -172,13 +172,13 @@ def test_the_kernel_path_takes_longer_frames_than_the_pool_holds() -> None:
     kernel = make("a", CAM, "239.2.2.2%out0:6000")
     worker = make("b", "239.1.1.2%in0:5000", "239.2.2.2%out0:6000", path="worker")
     rules = desire(kernel, worker, interfaces=jumbo).interfaces["in0"].rules
-    assert (rules[1].frame_limit, rules[2].frame_limit) == (9022, 4096 - 256)
+    assert (rules[1].frame_limit, rules[2].frame_limit) == (9022, 4096 - 256 - 24)
     assert rules[1].kernel_outputs[0].mtu == 9000
 
 
 @pytest.mark.parametrize(
     ("mtu", "longest", "size", "limit"),
-    [(1500, 1522, 2048, 1522), (1770, 1792, 2048, 1792), (1771, 1793, 4096, 1793), (9000, 9022, 4096, 3840)],
+    [(1500, 1522, 2048, 1522), (1746, 1768, 2048, 1768), (1747, 1769, 4096, 1769), (9000, 9022, 4096, 3816)],
 )
 def test_a_frame_of_the_pool_holds_what_the_mtu_allows_up_to_a_page(
     mtu: int, longest: int, size: int, limit: int

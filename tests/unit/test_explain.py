@@ -275,7 +275,7 @@ def test_hidden_tags_are_named_where_a_tagged_rule_gets_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("size", "mtu", "words"),
-    [(1473, 1500, "come in fragments"), (4000, 9000, "more than 3840 bytes"), (1472, 1500, "")],
+    [(1473, 1500, "come in fragments"), (4000, 9000, "more than 3816 bytes"), (1472, 1500, "")],
 )
 def test_size_that_the_worker_path_cannot_take_is_named(size: int, mtu: int, words: str) -> None:
     interfaces = FACTS | {"in0": replace(FACTS["in0"], mtu=mtu), "out0": replace(FACTS["out0"], mtu=mtu)}
