@@ -252,8 +252,8 @@ static __always_inline int leave_metadata(struct xdp_md *ctx, const struct mcr_m
 }
 
 /*
- * As the first bytes of the packet itself, because not every driver hands over metadata (vmxnet3, and tap before 6.15),
- * while each has room for a header. Every packet pointer is invalid after it but the new one.
+ * As the first bytes of the packet itself, because not every driver hands over metadata (vmxnet3 does not), while
+ * each has room for a longer header. Every packet pointer is invalid after it but the new one.
  */
 static __always_inline int prepend_metadata(struct xdp_md *ctx, const struct mcr_metadata *values)
 {
@@ -1108,6 +1108,15 @@ int mcr_relay(struct xdp_md *ctx)
 	if (!identify(ctx, &packet, &later_fragment))
 		return XDP_PASS;
 	return relay(ctx, find_rule(ctx, &packet), &packet, later_fragment, 0);
+}
+
+/*
+ * Some drivers transmit redirected frames only while they have an XDP program of their own, such as virtio_net. This is
+ * the one for egress interfaces that are not attached: it leaves every packet to the stack.
+ */
+int mcr_pass(struct xdp_md *ctx)
+{
+	return XDP_PASS;
 }
 
 #else /* with a trace or capture running */

@@ -16,11 +16,9 @@ from mcr.desired import FRAME_HEADROOM, LARGE_FRAME, longest_frame
 from mcr.errors import McrError
 from mcr.features import Check, Relay
 from mcr.maps import MAX_QUEUES
-from mcr.rule import XDP_FEATURE_NDO_XMIT, InterfaceFacts
+from mcr.rule import XDP_FEATURE_BASIC, XDP_FEATURE_NDO_XMIT, InterfaceFacts
 
-# enum netdev_xdp_act of linux/netdev.h
-XDP_FEATURE_BASIC = 1
-XDP_FEATURE_ZERO_COPY = 8
+XDP_FEATURE_ZERO_COPY = 8  # enum netdev_xdp_act of linux/netdev.h
 BRIDGE_QUERIER_STATE = 47  # IFLA_BR_MCAST_QUERIER_STATE of linux/if_link.h, there if a querier was heard
 
 
@@ -113,6 +111,8 @@ def _hook(name: str, attached: list[dict[str, Any]], takes_in: bool) -> Check:
     evidence = f"{title} ({number})"
     if any(row["mode"] in ("native", "generic") for row in attached):
         return Check(check, "yes", f"MCR's own: {evidence}")
+    if title == loader.HELPER_NAME:
+        return Check(check, "yes", f"MCR's own, so that the kernel path can send by it: {evidence}")
     if title == loader.GONE:
         return Check(check, "can't tell", f"not permitted to look at it ({number})", "run mcr doctor as root")
     if title == loader.PROGRAM_NAME:
@@ -195,10 +195,15 @@ def _transmits(name: str, facts: InterfaceFacts) -> Check:
         return Check(check, "can't tell", evidence)
     if facts.xdp_features & XDP_FEATURE_NDO_XMIT:
         return Check(check, "yes", "the kernel path can send by it")
-    if ethtool.driver(name) == "veth":
+    if facts.kind == "veth":
         peer = _veth_peer(name)
         remedy = f"ethtool -K {peer} gro on, where the peer is; until then rules take the worker path"
         return Check(check, "no", f"its veth peer {peer} has no NAPI: neither GRO nor XDP", remedy)
+    if facts.xdp_features & XDP_FEATURE_BASIC:
+        evidence = (
+            f"perhaps with an XDP program of its own: a rule that can use it attaches {loader.HELPER_NAME}"
+        )
+        return Check(check, "can't tell", evidence, "see which path rules take, and why: mcr rule show NAME")
     remedy = "none is needed: rules that send here take the worker path"
     return Check(check, "no", "its driver has no XDP transmit", remedy)
 

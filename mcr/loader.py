@@ -61,6 +61,7 @@ MAP_NAMES = (
 PROGRAMS = {
     "mcr_relay": lib.MCR_PROGRAM_XDP,
     "mcr_egress": lib.MCR_PROGRAM_DEVMAP,
+    "mcr_pass": lib.MCR_PROGRAM_XDP,
     "mcr_devmap_xmit": lib.MCR_PROGRAM_RAW_TRACEPOINT,
     "mcr_refused": lib.MCR_PROGRAM_RAW_TRACEPOINT,
 }
@@ -73,6 +74,7 @@ TRACED_PROGRAMS = (
 # What a program of the first compilation and its traced twin need not share; any other map must be pinned.
 PRIVATE_MAPS = ("scratch", "tap_scratches")
 PROGRAM_NAME = "mcr_relay"
+HELPER_NAME = "mcr_pass"
 GONE = "already gone"  # or not to be seen, for want of CAP_BPF
 TRACEPOINTS = {"mcr_devmap_xmit": "xdp_devmap_xmit", "mcr_refused": "xdp_redirect_err"}
 BPF_INSTRUCTION = struct.Struct("=BBhi")  # struct bpf_insn of linux/bpf.h, as are the two below
@@ -106,6 +108,11 @@ def pin_dir(instance: str) -> Path:
 def link_dir(instance: str) -> Path:
     """Where links are pinned that shall outlive the supervisor, each under its interface's index."""
     return pin_dir(instance) / "links"
+
+
+def helper_dir(instance: str) -> Path:
+    """Where links of `mcr_pass` are pinned, in the same way."""
+    return pin_dir(instance) / "helpers"
 
 
 # --- in the child -----------------------------------------------------------------------------

@@ -219,6 +219,11 @@ class Maps:
         return self._fds[loader.PROGRAM_NAME]
 
     @property
+    def helper_fd(self) -> int:
+        """Of the program that passes everything."""
+        return self._fds[loader.HELPER_NAME]
+
+    @property
     def counter_fds(self) -> tuple[int, ...]:
         """What a worker maps: rule, output and worker counters, latency, and its reports for traces."""
         names = ("rule_counters", "output_counters", "worker_counters", "rule_latency", "tap_reports")

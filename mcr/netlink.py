@@ -193,6 +193,13 @@ def _xdp_features() -> dict[int, int]:
     return {device.get("ifindex"): device.get("xdp_features") for device in devices}
 
 
+def xdp_features(ifindex: int) -> int | None:
+    """The XDP features of one interface as they are now; None where the kernel does not tell."""
+    with contextlib.suppress(OSError):
+        return _xdp_features().get(ifindex)
+    return None
+
+
 def _addresses() -> dict[int, dict[str, Any]]:
     """The primary addresses by interface index, then by their names in InterfaceFacts.
 
@@ -223,6 +230,7 @@ def _facts(link: Any, addresses: dict[int, dict[str, Any]], xdp_features: dict[i
         ethernet=ethernet,
         mac=link.get("address") if ethernet else "",
         xdp_features=xdp_features.get(link["index"]),
+        kind=link.get(("linkinfo", "kind")) or "",
         **addresses.get(link["index"], {}),
     )
 

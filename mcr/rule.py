@@ -5,8 +5,9 @@ what it needs to know about interfaces comes in as `InterfaceFacts`.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from ipaddress import IPv4Address, IPv6Address
@@ -24,10 +25,12 @@ MCR_MAX_WORKERS = 64
 MCR_MAX_EGRESS_THREADS = 8
 
 # enum netdev_xdp_act of linux/netdev.h
+XDP_FEATURE_BASIC = 1
 XDP_FEATURE_NDO_XMIT = 4
 XDP_FEATURE_NDO_XMIT_SG = 64
 # The largest MTU whose frames, with two VLAN tags, headroom and skb_shared_info, fit a page.
 SINGLE_BUFFER_MTU = 3496
+HELD = "held"  # of InterfaceFacts.helper
 
 RulePath: TypeAlias = Literal["kernel", "worker"]
 PathChoice: TypeAlias = Literal["auto", "kernel", "worker"]
@@ -71,6 +74,10 @@ class InterfaceFacts:
         one, ipv6 one of wider scope. None where there is none.
     xdp_features: bits of enum netdev_xdp_act (linux/netdev.h), None where the kernel does not tell.
     mode: how MCR's program is attached now, empty if it is not. ingress: "xsk" or "packet", empty if unknown.
+    kind: of a device that is none of the hardware, as `ip -d link` names it: `veth`, `vlan`; else empty.
+    helper: what became of an XDP program of MCR's that shall make it transmit redirected frames: "held", or
+        why that does not help; empty if it was not tried.
+    metadata: whether frames that come in by it can carry XDP metadata, as far as is known.
     """
 
     name: str
@@ -85,6 +92,9 @@ class InterfaceFacts:
     xdp_features: int | None = None
     mode: Literal["", "native", "generic"] = ""
     ingress: Literal["", "xsk", "packet"] = ""
+    kind: str = ""
+    helper: str = ""
+    metadata: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +183,8 @@ def _reasons_of_ingress(rule: Rule, ingress: InterfaceFacts) -> Iterator[str]:
         yield f"{ingress.name} uses AF_PACKET, where no XDP program runs"
     if ingress.mode == "generic" and len(rule.outputs) > 1:
         yield f"{ingress.name} is attached in generic mode, where clones cannot be told apart"
+    if not ingress.metadata and len(rule.outputs) > 1:
+        yield f"the driver of {ingress.name} has no XDP metadata, by which clones are told apart"
     if ingress.mtu > SINGLE_BUFFER_MTU and len(rule.outputs) > 1:
         yield f"frames of {ingress.name}'s MTU {ingress.mtu} take several buffers, which cannot be cloned"
 
@@ -185,10 +197,54 @@ def _reasons_of_egress(ingress: InterfaceFacts, egress: InterfaceFacts) -> Itera
     if egress.xdp_features is None:
         yield f"the kernel, before 6.3, does not tell whether {egress.name} can transmit redirected frames"
     elif egress.xdp_features & needed != needed:
-        yield (
-            f"{egress.name} cannot transmit redirected frames "
-            "(its driver has no XDP transmit, or it is a veth whose peer has neither GRO nor XDP)"
-        )
+        yield f"{egress.name} cannot transmit redirected frames ({why_no_transmit(egress)})"
+
+
+def why_no_transmit(egress: InterfaceFacts) -> str:
+    """Why redirected frames, or those of several buffers, do not leave by an interface of known features."""
+    features = egress.xdp_features or 0
+    if features & XDP_FEATURE_NDO_XMIT:
+        return "its driver takes none of several buffers, which the MTU of the input allows"
+    if egress.kind == "veth":
+        return "it is a veth whose peer has neither GRO nor XDP"
+    if not features & XDP_FEATURE_BASIC:
+        return "its driver has no XDP transmit"
+    return egress.helper or "its driver needs an XDP program of its own for that"
+
+
+def needs_helper(
+    rules: Iterable[Rule], attached: Collection[str], facts: Mapping[str, InterfaceFacts]
+) -> frozenset[str]:
+    """The egress interfaces that may transmit redirected frames with an XDP program of their own, do not
+    without, and are all that keeps some rule from the kernel path. attached: those that are, or shall be.
+
+    A veth is not among them: what it transmits is up to its peer. Being down does not count, because
+    attaching a program may take a link down for a moment.
+    """
+    able = {
+        name: replace(each, up=True, xdp_features=XDP_FEATURE_NDO_XMIT | XDP_FEATURE_NDO_XMIT_SG)
+        for name, each in facts.items()
+        if name not in attached and _may_need_helper(each)
+    }
+    if not able:
+        return frozenset()
+    supposed = {**facts, **able}
+    needed: set[str] = set()
+    for rule in rules:
+        egress = able.keys() & {output.interface for output in rule.outputs}
+        ingress = facts.get(rule.stream.interface)
+        if not egress <= needed and ingress and ingress.name in attached and ingress.mode != "generic":
+            with suppress(McrError):
+                if plan(rule, supposed).path == "kernel":
+                    needed |= egress
+    return frozenset(needed)
+
+
+def _may_need_helper(egress: InterfaceFacts) -> bool:
+    if egress.helper:
+        return egress.helper == HELD
+    features = egress.xdp_features or 0
+    return egress.kind != "veth" and features & XDP_FEATURE_BASIC != 0 and not features & XDP_FEATURE_NDO_XMIT
 
 
 def _reasons_for_worker(rule: Rule, facts: Mapping[str, InterfaceFacts]) -> Iterator[str]:

@@ -95,7 +95,8 @@ def _other_program(interface: str) -> str:
     with contextlib.suppress(McrError):
         if program := netlink.xdp_program(interface):
             name = loader.program_name(program.program_id)
-            return "" if name == loader.PROGRAM_NAME else f"{name} (id {program.program_id}, {program.mode})"
+            own = name in (loader.PROGRAM_NAME, loader.HELPER_NAME)
+            return "" if own else f"{name} (id {program.program_id}, {program.mode})"
     return ""
 
 

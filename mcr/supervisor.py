@@ -25,11 +25,12 @@ from mcr.attached import AttachedInterface
 from mcr.background import Tasks, every, in_thread, surviving
 from mcr.config import Attachment, Config, load_config
 from mcr.desired import Desired, IdPool, Ids, Realiser, RuleState
+from mcr.egress_helpers import EgressHelpers
 from mcr.errors import Faults, McrError
 from mcr.maps import MAX_INTERFACES, MAX_QUEUES, MAX_WORKERS, Maps, lookups_needed
 from mcr.membership import MembershipWorker
 from mcr.netlink import LinkMonitor
-from mcr.rule import InterfaceFacts, Rule, rule_faults
+from mcr.rule import InterfaceFacts, Rule, needs_helper, rule_faults
 from mcr.rule_maps import RuleMaps
 from mcr.state import drop_staged, load_rules, put_rules, set_aside, stage_rules
 from mcr.tap import Tap
@@ -112,6 +113,7 @@ class Supervisor:
         self.membership = MembershipWorker(keep.refuge(instance), self.keep)
         self.maps: Maps
         self.rule_maps: RuleMaps
+        self.helpers: EgressHelpers
         self.tap: Tap
         self._monitor = LinkMonitor(self._links_changed)
         self._ids = Ids()
@@ -126,7 +128,7 @@ class Supervisor:
     @property
     def facts(self) -> Mapping[str, InterfaceFacts]:
         """The interfaces as they are now, with how they are attached."""
-        facts = dict(self._monitor.facts)
+        facts = {name: self.helpers.seen(each) for name, each in self._monitor.facts.items()}
         for name, interface in self.attached.items():
             if name in facts:
                 facts[name] = replace(facts[name], mode=interface.mode, ingress=interface.ingress)
@@ -159,6 +161,7 @@ class Supervisor:
             adopted = await in_thread(lambda: self._load(given_up), on_cancel=given_up.set)
             self.maps = stack.enter_context(Maps(self.instance))
             self.rule_maps = RuleMaps(self.maps)
+            self.helpers = EgressHelpers(self.instance, self.maps.helper_fd, self.keep)
             for program in loader.TRACEPOINTS:
                 fd = self.maps.tracepoint_fd(program)
                 stack.callback(os.close, loader.trace_redirects(self.instance, program, fd, self.keep))
@@ -169,6 +172,7 @@ class Supervisor:
             stack.push_async_callback(self.tap.close)
             await self.membership.start(adopted)
             await stack.enter_async_context(self._monitor)
+            self.helpers.adopt(self._monitor.facts)
             stack.push_async_callback(self._stop)
             await self._start_config()
             if adopted:
@@ -235,6 +239,7 @@ class Supervisor:
                     if isinstance(outcome, BaseException):
                         raise outcome
             self.attached.clear()
+            self.helpers.close()
 
     # --- commands
 
@@ -322,7 +327,12 @@ class Supervisor:
         """
         old, new, ids = self.state, self.state.copy(), self._ids
         edit(new)
-        await asyncio.to_thread(self._check, new)
+        try:
+            await self._provide_helpers(new)
+            await asyncio.to_thread(self._check, new)
+        except BaseException:
+            await self._withdraw_helpers(old)
+            raise
         saves = _lasting(new) != _lasting(old)
         if saves:  # first, because it is what a full disk refuses
             await asyncio.to_thread(stage_rules, self.instance, _lasting(new).values())
@@ -343,7 +353,9 @@ class Supervisor:
         before = lookups_needed([each.rule.stream for each in self.desired.rules.values()])
         needed = lookups_needed([rule.stream for rule in rules])
         await self._assign_ids(rules, quietly)
+        self.helpers.release(_with_xdp(state))
         await self._attach_interfaces(state, quietly)
+        await self._provide_helpers(state)
         self.desired = await asyncio.to_thread(
             self._realiser.realise, rules, state.attachments, self.facts, self._ids
         )
@@ -352,7 +364,17 @@ class Supervisor:
             with _logging_errors(name, quietly):
                 await interface.put(self.desired.interfaces[name])
         self.maps.set_lookups(needed)
+        await self._withdraw_helpers(state)
         await self.membership.set(self.desired.memberships)
+
+    async def _provide_helpers(self, state: DesiredState) -> None:
+        await self.helpers.provide(await self._helpers_needed(state), self._monitor.facts)
+
+    async def _withdraw_helpers(self, state: DesiredState) -> None:
+        self.helpers.withdraw(await self._helpers_needed(state), self._monitor.facts)
+
+    async def _helpers_needed(self, state: DesiredState) -> frozenset[str]:
+        return await asyncio.to_thread(needs_helper, list(state.rules.values()), _with_xdp(state), self.facts)
 
     async def _assign_ids(self, rules: Sequence[Rule], quietly: bool) -> None:
         before, assigned = self._ids, self._ids.assign(rules)
@@ -461,6 +483,11 @@ def _faults_together(state: DesiredState) -> Iterator[McrError]:
         yield McrError(
             f"more than {MAX_WORKERS} workers", "choose fewer, or share them out among several instances"
         )
+
+
+def _with_xdp(state: DesiredState) -> frozenset[str]:
+    """The interfaces where MCR's own program runs, or shall."""
+    return frozenset(name for name, each in state.attachments.items() if each.ingress != "packet")
 
 
 def _lasting(state: DesiredState) -> dict[str, Rule]:

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from mcr import rule as rule_module
 from mcr.errors import McrError
 from mcr.rule import (
+    HELD,
     MCR_MAX_OUTPUTS,
     MCR_MAX_OUTPUTS_PER_RULE,
     MCR_MAX_RULES,
+    XDP_FEATURE_BASIC,
     XDP_FEATURE_NDO_XMIT,
     XDP_FEATURE_NDO_XMIT_SG,
     Diff,
@@ -31,6 +33,7 @@ from mcr.rule import (
     check_rule,
     check_rules,
     diff,
+    needs_helper,
     plan,
     source_address,
 )
@@ -358,10 +361,7 @@ def test_a_loop_through_every_rule_is_found_without_recursion() -> None:
 NATIVE, GENERIC = {"mode": "native", "ingress": "xsk"}, {"mode": "generic", "ingress": "xsk"}
 FEATURES = XDP_FEATURE_NDO_XMIT | XDP_FEATURE_NDO_XMIT_SG
 GROUP = "239.2.2.2%eth1:6"
-CANNOT_TRANSMIT = (
-    "eth1 cannot transmit redirected frames "
-    "(its driver has no XDP transmit, or it is a veth whose peer has neither GRO nor XDP)"
-)
+CANNOT_TRANSMIT = "eth1 cannot transmit redirected frames"
 
 
 def facts(name: str, **changes: Any) -> InterfaceFacts:
@@ -403,6 +403,7 @@ KERNEL = [
     ("larger egress MTU", [GROUP], network(eth1={"mtu": 9000})),
     ("no address but another source", [GROUP + ",source=10.0.0.9"], network(eth1={"ipv4": None})),
     ("no address but a preserved source", [GROUP + ",source=preserve"], network(eth1={"ipv4": None})),
+    ("one output, no metadata", [GROUP], network(eth0={"metadata": False})),
     ("absent egress", ["239.2.2.2%eth9:6"], network()),
     ("absent ingress", [GROUP], {"eth1": facts("eth1", xdp_features=0)}),
     ("nothing known", [GROUP], {}),
@@ -448,12 +449,31 @@ AGAINST_KERNEL = [
         network(eth1={"xdp_features": None}),
         "the kernel, before 6.3, does not tell whether eth1 can transmit redirected frames",
     ),
-    ([GROUP], network(eth1={"xdp_features": 0}), CANNOT_TRANSMIT),
-    ([GROUP], network(eth1={"xdp_features": ~XDP_FEATURE_NDO_XMIT & 0xFF}), CANNOT_TRANSMIT),
+    (
+        [GROUP, "239.2.2.2%eth2:6"],
+        network(eth0={"metadata": False}),
+        "the driver of eth0 has no XDP metadata, by which clones are told apart",
+    ),
+    ([GROUP], network(eth1={"xdp_features": 0}), f"{CANNOT_TRANSMIT} (its driver has no XDP transmit)"),
+    (
+        [GROUP],
+        network(eth1={"xdp_features": ~XDP_FEATURE_NDO_XMIT & 0xFF}),
+        f"{CANNOT_TRANSMIT} (its driver needs an XDP program of its own for that)",
+    ),
+    (
+        [GROUP],
+        network(eth1={"xdp_features": XDP_FEATURE_BASIC, "kind": "veth"}),
+        f"{CANNOT_TRANSMIT} (it is a veth whose peer has neither GRO nor XDP)",
+    ),
+    (
+        [GROUP],
+        network(eth1={"xdp_features": XDP_FEATURE_BASIC, "helper": "it was in vain"}),
+        f"{CANNOT_TRANSMIT} (it was in vain)",
+    ),
     (
         [GROUP],
         network({"mtu": 9000}, {"mtu": 9000, "xdp_features": XDP_FEATURE_NDO_XMIT}),
-        CANNOT_TRANSMIT,
+        f"{CANNOT_TRANSMIT} (its driver takes none of several buffers, which the MTU of the input allows)",
     ),
 ]
 
@@ -543,7 +563,7 @@ def test_a_rule_that_insists_on_the_kernel_path_is_told_everything_against_it() 
     interfaces["eth0"] = replace(interfaces["eth0"], mode="native")
     with pytest.raises(McrError) as caught:
         plan(rule, interfaces)
-    cannot = [CANNOT_TRANSMIT.replace("eth1", "eth2")]
+    cannot = [f"{CANNOT_TRANSMIT.replace('eth1', 'eth2')} (its driver has no XDP transmit)"]
     assert caught.value.cause == (
         f"rule 'a' cannot take the kernel path: {'; '.join([*reasons[:6], reasons[7], *cannot])}"
     )
@@ -578,3 +598,39 @@ def test_a_rule_that_moved_in_its_file_or_became_permanent_is_unchanged() -> Non
     found = diff({"a": old}, {"a": new})
     assert found == Diff((), (), (), (new,))
     assert found.unchanged[0].origin == Origin("m.toml", 44)
+
+
+NEEDY = {"xdp_features": XDP_FEATURE_BASIC}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "interfaces", "needed"),
+    [
+        ([GROUP], network(), set()),
+        ([GROUP], network(eth1=NEEDY), {"eth1"}),
+        ([GROUP], network(eth1=NEEDY, eth2=NEEDY), {"eth1"}),
+        ([GROUP, "239.2.2.2%eth2:6"], network(eth1=NEEDY, eth2=NEEDY), {"eth1", "eth2"}),
+        ([GROUP], network(eth1={**NEEDY, "up": False}), {"eth1"}),
+        ([GROUP], network(eth1={**NEEDY, "mtu": 1000}), set()),
+        ([GROUP], network(eth1={**NEEDY, "kind": "veth"}), set()),
+        ([GROUP], network(eth1={"xdp_features": 0}), set()),
+        ([GROUP], network(eth1={"xdp_features": None}), set()),
+        ([GROUP], network(eth1={"helper": HELD}), {"eth1"}),
+        ([GROUP], network(eth1={**NEEDY, "helper": "it was in vain"}), set()),
+        ([GROUP, "10.20.0.9:6"], network(eth1=NEEDY), set()),
+        ([GROUP], network(eth0=GENERIC, eth1=NEEDY), set()),
+        ([GROUP], network(eth0={"mode": "", "ingress": "packet"}, eth1=NEEDY), set()),
+    ],
+)
+def test_an_egress_interface_gets_a_program_only_where_that_alone_opens_the_kernel_path(
+    outputs: list[str], interfaces: dict[str, InterfaceFacts], needed: set[str]
+) -> None:
+    for path in ("auto", "kernel"):
+        if path == "kernel" and interfaces["eth1"].mtu == 1000:
+            continue
+        rule = make("a", "239.1.1.1%eth0:5", *outputs, path=path)
+        assert needs_helper([rule], {"eth0"}, interfaces) == needed
+        assert needs_helper([rule], set(), interfaces) == set()
+        assert needs_helper([rule], {"eth0", "eth1", "eth2"}, interfaces) == set()
+    worker = make("b", "239.1.1.1%eth0:5", *outputs, path="worker")
+    assert needs_helper([worker], {"eth0"}, interfaces) == set()
