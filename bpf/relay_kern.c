@@ -55,6 +55,8 @@ BPF_TABLE("lru_hash", struct mcr_fragment_key, u16, fragments, MCR_MAX_FRAGMENTE
 /* The egress interfaces of the kernel path, by ifindex; user space makes the entries. */
 BPF_TABLE("hash", u32, struct mcr_egress_device, egress_devices, MCR_MAX_EGRESS);
 BPF_TABLE("percpu_array", u32, struct mcr_bulk, bulks, MCR_MAX_EGRESS);
+/* The interfaces whose driver hands over no metadata, by ifindex, as soon as one packet has shown it. */
+BPF_TABLE("hash", u32, u32, without_metadata, MCR_MAX_INTERFACES);
 /* What the supervisor settles: what dead workers had in hand, what retired fan-outs relayed. */
 BPF_F_TABLE("array", u32, struct mcr_rule_counters, settled_rules, MCR_MAX_RULES, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct mcr_output_counters, settled_outputs, MCR_MAX_OUTPUTS, BPF_F_MMAPABLE);
@@ -1046,11 +1048,21 @@ static __always_inline int parse_frame(struct xdp_md *ctx, struct mcr_packet *pa
 	return parsed;
 }
 
+/* A driver without metadata says so with each packet, by a data_meta behind data. */
+static __always_inline void note_metadata(struct xdp_md *ctx)
+{
+	u32 ifindex = ctx->ingress_ifindex;
+
+	if ((long)ctx->data - (long)ctx->data_meta < 0 && !without_metadata.lookup(&ifindex))
+		without_metadata.update(&ifindex, &ifindex);
+}
+
 /* Whether the frame is of a stream that a rule could name. *packet is then complete but for its rule. */
 static __always_inline bool identify(struct xdp_md *ctx, struct mcr_packet *packet, bool *later_fragment)
 {
 	int parsed = parse_frame(ctx, packet);
 
+	note_metadata(ctx);
 	if (parsed == MCR_PARSED_OTHER)
 		return false; /* not UDP, or cut off before its ports: no rule can name it */
 	packet->key.ifindex = ctx->ingress_ifindex;

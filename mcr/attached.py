@@ -269,6 +269,7 @@ class AttachedInterface:
         if self.ingress == "packet":
             return
         mode = self.attachment.mode
+        self._maps.forget_metadata(facts.ifindex)
         try:
             self._link = self._adopt(facts) or loader.attach(
                 self._maps.program_fd, self.name, facts.ifindex, mode, patiently

@@ -41,8 +41,9 @@ RULE_DROPS: dict[str, tuple[str, str]] = {
         "see mcr status; a worker is replaced by itself, and new receive queues are followed",
     ),
     "no_metadata": (
-        "the driver leaves no room in front of the frame",
-        "attach with --mode generic or --ingress packet",
+        "the driver has no XDP metadata, by which clones are told apart, or no room in front of the frame",
+        "none is needed if it does not grow: its rules of several outputs take the worker path; "
+        "else attach with --mode generic",
     ),
     "unknown_rule": ("the worker did not know the rule (any more)", "none is needed if it does not grow"),
     "no_output": ("no output was in place", "bring up the egress interfaces: mcr rule show NAME"),

@@ -120,6 +120,7 @@ class Supervisor:
         self._realiser = Realiser()
         self._bases = IdPool(MAX_INTERFACES + 1, "interface")
         self._slots = IdPool(MAX_WORKERS + 1, "worker")
+        self._without_metadata: frozenset[int] = frozenset()
         self._turn = asyncio.Lock()
         self._stack = contextlib.AsyncExitStack()
         self._background = Tasks(log)
@@ -131,7 +132,10 @@ class Supervisor:
         facts = {name: self.helpers.seen(each) for name, each in self._monitor.facts.items()}
         for name, interface in self.attached.items():
             if name in facts:
-                facts[name] = replace(facts[name], mode=interface.mode, ingress=interface.ingress)
+                metadata = facts[name].ifindex not in self._without_metadata
+                facts[name] = replace(
+                    facts[name], mode=interface.mode, ingress=interface.ingress, metadata=metadata
+                )
         return facts
 
     @property
@@ -454,6 +458,9 @@ class Supervisor:
     async def _watch_queues(self) -> None:
         for interface in list(self.attached.values()):
             if await interface.has_other_queues():
+                await self._apply_again()
+        if (without := self.maps.without_metadata()) != self._without_metadata:
+            self._without_metadata = without
                 await self._apply_again()
 
 
