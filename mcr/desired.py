@@ -20,6 +20,7 @@ from mcr.maps import MAX_OUTPUTS, MAX_RULES, address_bytes, rule_key
 from mcr.membership import Membership
 from mcr.rule import InterfaceFacts, Plan, Rule, plan, source_address
 from mcr.stream import Address, Output
+from mcr.vlans import Vlan, devices
 
 ETHERNET_BYTES = 14
 VLAN_TAG_BYTES = 4
@@ -433,6 +434,7 @@ class Realiser:
     ) -> Desired:
         desired = Desired({name: InterfaceSpec() for name in attachments}, {}, frozenset())
         memberships: set[Membership] = set()
+        vlans = devices(facts.values())
         known: dict[str, _Realised] = {}
         for rule in rules:
             known[rule.name] = made = self._realise(rule, attachments, facts, ids)
@@ -443,7 +445,7 @@ class Realiser:
                 interface.rules[made.rule_id] = made.spec
                 interface.outputs.update((output.output_id, output) for output in made.outputs)
             if made.membership is not None:
-                memberships.add(made.membership)
+                memberships.add(_on_vlan(made.membership, rule, vlans))
         self._known = known
         desired.memberships = frozenset(memberships)
         return desired
@@ -479,6 +481,15 @@ class Realiser:
         return _Realised(
             *(rule, involved, attached, state.rule_id, output_ids), *(state, spec, outputs, membership)
         )
+
+
+def _on_vlan(membership: Membership, rule: Rule, vlans: Mapping[Vlan, InterfaceFacts]) -> Membership:
+    """The join of a tagged stream is made on the VLAN's device where there is one that is up, so that the
+    report bears the tag; elsewhere on the interface itself, without one."""
+    if not rule.stream.vlan or rule.stream.vlan_outer:
+        return membership
+    device = vlans.get(Vlan(membership.ifindex, rule.stream.vlan))
+    return replace(membership, ifindex=device.ifindex) if device is not None and device.up else membership
 
 
 def _involved(rule: Rule, facts: Mapping[str, InterfaceFacts]) -> tuple[InterfaceFacts | None, ...]:

@@ -16,7 +16,6 @@ SIOCETHTOOL = 0x8946  # linux/sockios.h
 ETHTOOL_GDRVINFO = 3
 DRIVER_INFO_BYTES = 196  # struct ethtool_drvinfo, whose name of 32 bytes comes after the command
 
-TAKES_TAGS_OUT = "rx-vlan-hw-parse"
 MERGES = ("rx-udp-gro-forwarding", "rx-gro-list")
 
 

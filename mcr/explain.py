@@ -84,8 +84,8 @@ class Situation:
     """Everything that an explanation looks at, as it was at one moment.
 
     ingress is None where the stream's interface shall not be attached. counts and outputs (by output_id) are
-    those of the rule that takes the stream. silent_s: since its last packet, None for never. tags_hidden: the
-    device takes VLAN tags out before XDP sees them.
+    those of the rule that takes the stream. silent_s: since its last packet, None for never. tags: why its
+    packets do not come in with their VLAN tag.
     """
 
     rules: Mapping[str, RuleState]
@@ -96,7 +96,7 @@ class Situation:
     silent_s: float | None = None
     outputs: Mapping[int, OutputSeen] = field(default_factory=dict)
     redirect_lost: Mapping[str, int] = field(default_factory=dict)
-    tags_hidden: bool = False
+    tags: Problem | None = None
 
 
 # --- which rule
@@ -273,11 +273,8 @@ def _counted_problems(situation: Situation, state: RuleState, blocked: bool) -> 
     if counts is None:
         return
     if not blocked and not counts.received_packets:
-        if stream.vlan and situation.tags_hidden:
-            yield Problem(
-                "input", f"{stream.interface} takes VLAN tags out before XDP sees them (rxvlan)",
-                f"ethtool -K {stream.interface} rxvlan off, or attach with --ingress packet",
-            )  # fmt: skip
+        if situation.tags is not None:
+            yield situation.tags
         else:
             yield Problem(
                 "input", "no packet of it has come yet",

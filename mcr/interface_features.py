@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mcr import ethtool, loader, netlink, procfs
+from mcr import ethtool, loader, netlink, procfs, vlans
 from mcr.desired import FRAME_HEADROOM, LARGE_FRAME, longest_frame
 from mcr.errors import McrError
 from mcr.features import Check, Relay
@@ -64,6 +64,7 @@ def _all(use: Use, facts: InterfaceFacts, attached: list[dict[str, Any]]) -> Ite
     offloads = ethtool.features(name)
     yield _merging(name, offloads)
     yield _tags(name, offloads)
+    yield _vlan_filter(name, offloads)
     yield _reverse_path(name)
     yield _forced_version(name, "ipv4", "force_igmp_version", "IGMPv3")
     yield _forced_version(name, "ipv6", "force_mld_version", "MLDv2")
@@ -244,7 +245,7 @@ def _tags(name: str, offloads: Mapping[str, bool]) -> Check:
     check = "VLAN tags are seen"
     if not offloads:
         return Check(check, "can't tell", "the driver does not tell its offloads")
-    if not offloads.get(ethtool.TAKES_TAGS_OUT):
+    if not offloads.get(vlans.TAKES_TAGS_OUT):
         return Check(check, "yes", "rxvlan is off")
     if ethtool.driver(name) == "veth":
         evidence = "a veth may hide the tags that its peer leaves to the device (txvlan), and no others"
@@ -253,6 +254,20 @@ def _tags(name: str, offloads: Mapping[str, bool]) -> Check:
     evidence = "rxvlan is on: the device takes tags out before XDP"
     remedy = f"only for rules with vlan=: ethtool -K {name} rxvlan off, or attach with --ingress packet"
     return Check(check, "no", evidence, remedy)
+
+
+def _vlan_filter(name: str, offloads: Mapping[str, bool]) -> Check:
+    """MCR registers the VLANs of its rules by devices of its own, which needs the kernel's 8021q."""
+    check = "VLANs come in"
+    if not offloads:
+        return Check(check, "can't tell", "the driver does not tell its offloads")
+    if not offloads.get(vlans.FILTERS):
+        return Check(check, "yes", "rx-vlan-filter is off")
+    evidence = "rx-vlan-filter is on: VLANs have to be registered, as MCR does for rules with vlan="
+    if Path("/proc/net/vlan").exists():
+        return Check(check, "yes", evidence)
+    remedy = "only for rules with vlan=: modprobe 8021q"
+    return Check(check, "can't tell", f"{evidence}, but the kernel's 8021q is not in use yet", remedy)
 
 
 # --- sysctls and bridges

@@ -43,6 +43,7 @@ RETRY_S = 1.0
 EVENT_READS = 64  # from an event socket, before other work of the loop gets its turn
 NETDEV_FAMILY, NETDEV_EVENT_GROUP = "netdev", "mgmt"
 NETDEV_CMD_DEV_GET = 1  # linux/netdev.h
+ETH_P_8021Q = 0x8100  # linux/if_ether.h
 UNSEEN = -1  # no message type: of events that all tell of what the facts do not show
 ETHTOOL_FAMILY, ETHTOOL_EVENT_GROUP = "ethtool", "monitor"  # linux/ethtool_netlink.h
 
@@ -222,6 +223,7 @@ def _addresses() -> dict[int, dict[str, Any]]:
 
 def _facts(link: Any, addresses: dict[int, dict[str, Any]], xdp_features: dict[int, int]) -> InterfaceFacts:
     ethernet = link["ifi_type"] == ARPHRD_ETHER
+    parent, vlan = _vlan(link)
     return InterfaceFacts(
         name=os.fsdecode(link.get("ifname")),  # pyroute2 leaves what is not UTF-8 as bytes
         ifindex=link["index"],
@@ -231,8 +233,21 @@ def _facts(link: Any, addresses: dict[int, dict[str, Any]], xdp_features: dict[i
         mac=link.get("address") if ethernet else "",
         xdp_features=xdp_features.get(link["index"]),
         kind=link.get(("linkinfo", "kind")) or "",
+        parent=parent,
+        vlan=vlan,
+        alias=link.get("ifalias") or "",
         **addresses.get(link["index"], {}),
     )
+
+
+def _vlan(link: Any) -> tuple[int, int]:
+    """Of a VLAN device whose tags are 802.1Q's: its parent's index and its tag; else 0 and 0."""
+    if link.get(("linkinfo", "kind")) != "vlan" or link.get("link_netnsid") is not None:
+        return 0, 0
+    data = link.get(("linkinfo", "data"))
+    if data.get_attr("IFLA_VLAN_PROTOCOL") != ETH_P_8021Q:
+        return 0, 0
+    return link.get("link"), data.get_attr("IFLA_VLAN_ID")
 
 
 def read_interfaces() -> dict[str, InterfaceFacts]:
@@ -384,6 +399,10 @@ class LinkMonitor:
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
+
+    async def refresh(self) -> None:
+        """Reads the facts anew now, after a change of one's own; nobody is called for it. Raises OSError."""
+        self.facts = await asyncio.to_thread(read_interfaces)
 
     def _drain(self, events: socket.socket, shown_type: int) -> None:
         """Empties an event socket. What the events say is read afresh; only that they came counts.

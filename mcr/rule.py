@@ -78,6 +78,8 @@ class InterfaceFacts:
     helper: what became of an XDP program of MCR's that shall make it transmit redirected frames: "held", or
         why that does not help; empty if it was not tried.
     metadata: whether frames that come in by it can carry XDP metadata, as far as is known.
+    parent, vlan: of a VLAN device, the index of the interface below and the tag; else 0. alias: as `ip link
+        set alias` gives it, or empty.
     """
 
     name: str
@@ -95,6 +97,9 @@ class InterfaceFacts:
     kind: str = ""
     helper: str = ""
     metadata: bool = True
+    parent: int = 0
+    vlan: int = 0
+    alias: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
-from mcr import ethtool, loader, netlink, procfs, views
+from mcr import loader, netlink, procfs, views
 from mcr.desired import OutputState, RuleState
 from mcr.errors import McrError
 from mcr.explain import Ingress, Query, RefusedJoin, Situation, Worker, matching
@@ -20,7 +20,6 @@ from mcr.maps import OutputCounts
 from mcr.membership import MembershipFailure
 from mcr.reasons import JOIN_LIMITS
 from mcr.rule import InterfaceFacts
-from mcr.stream import Stream
 
 if TYPE_CHECKING:
     from mcr.supervisor import Supervisor
@@ -41,7 +40,7 @@ async def gather(supervisor: "Supervisor", query: Query) -> Situation:
     }
     rows = [row for row in views.status(supervisor) if row["object"] in ("interface", "worker")]
     rows = [row for row in rows if row["interface"] == stream.interface]
-    refused = _of_interface(supervisor.membership.failures, facts.get(stream.interface))
+    refused = _of_interface(supervisor.membership.failures, stream.interface, facts)
     seen_ns = counts.last_seen_ns if counts else 0
     return Situation(
         rules=rules,
@@ -52,14 +51,19 @@ async def gather(supervisor: "Supervisor", query: Query) -> Situation:
         silent_s=round((time.monotonic_ns() - seen_ns) / 1e9, 3) if seen_ns else None,
         outputs=await asyncio.to_thread(_outputs, state, of_outputs, facts),
         redirect_lost=supervisor.redirect_losses(),
-        tags_hidden=await asyncio.to_thread(_tags_hidden, stream),
+        tags=views.tag_problem(supervisor, stream),
     )
 
 
 def _of_interface(
-    failures: Iterable[MembershipFailure], facts: InterfaceFacts | None
+    failures: Iterable[MembershipFailure], interface: str, facts: Mapping[str, InterfaceFacts]
 ) -> list[MembershipFailure]:
-    return [failure for failure in failures if facts and failure.membership.ifindex == facts.ifindex]
+    """Those on the interface or on a VLAN device of it."""
+    if interface not in facts:
+        return []
+    ifindex = facts[interface].ifindex
+    places = {ifindex} | {each.ifindex for each in facts.values() if each.parent == ifindex}
+    return [failure for failure in failures if failure.membership.ifindex in places]
 
 
 def _refused(failure: MembershipFailure) -> RefusedJoin:
@@ -98,14 +102,6 @@ def _other_program(interface: str) -> str:
             own = name in (loader.PROGRAM_NAME, loader.HELPER_NAME)
             return "" if own else f"{name} (id {program.program_id}, {program.mode})"
     return ""
-
-
-def _tags_hidden(stream: Stream) -> bool:
-    """Whether the device takes tags out; a veth does not, whatever it says."""
-    name = stream.interface
-    return bool(stream.vlan and ethtool.features(name).get(ethtool.TAKES_TAGS_OUT)) and (
-        ethtool.driver(name) != "veth"
-    )
 
 
 def _outputs(

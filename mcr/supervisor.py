@@ -34,6 +34,8 @@ from mcr.rule import InterfaceFacts, Rule, needs_helper, rule_faults
 from mcr.rule_maps import RuleMaps
 from mcr.state import drop_staged, load_rules, put_rules, set_aside, stage_rules
 from mcr.tap import Tap
+from mcr.vlan_devices import VlanDevices
+from mcr.vlans import vlans_needed
 
 RETRY_INTERVAL_S = 5.0
 QUEUES_INTERVAL_S = 1.0
@@ -121,6 +123,7 @@ class Supervisor:
         self._bases = IdPool(MAX_INTERFACES + 1, "interface")
         self._slots = IdPool(MAX_WORKERS + 1, "worker")
         self._without_metadata: frozenset[int] = frozenset()
+        self.vlans = VlanDevices(instance)
         self._turn = asyncio.Lock()
         self._stack = contextlib.AsyncExitStack()
         self._background = Tasks(log)
@@ -244,6 +247,8 @@ class Supervisor:
                         raise outcome
             self.attached.clear()
             self.helpers.close()
+            if not self.keep:
+                await self.vlans.withdraw({}, self._monitor.facts)
 
     # --- commands
 
@@ -360,6 +365,9 @@ class Supervisor:
         self.helpers.release(_with_xdp(state))
         await self._attach_interfaces(state, quietly)
         await self._provide_helpers(state)
+        vlans = vlans_needed(rules, state.attachments, self._monitor.facts)
+        if await self.vlans.provide(vlans, self._monitor.facts):
+            await self._monitor.refresh()
         self.desired = await asyncio.to_thread(
             self._realiser.realise, rules, state.attachments, self.facts, self._ids
         )
@@ -369,6 +377,7 @@ class Supervisor:
                 await interface.put(self.desired.interfaces[name])
         self.maps.set_lookups(needed)
         await self._withdraw_helpers(state)
+        await self.vlans.withdraw(vlans, self._monitor.facts)
         await self.membership.set(self.desired.memberships)
 
     async def _provide_helpers(self, state: DesiredState) -> None:

@@ -8,10 +8,13 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from mcr import vlans
 from mcr.desired import OutputState, RuleState
 from mcr.errors import McrError
 from mcr.maps import OutputCounts, RuleCounts, WorkerCounts
 from mcr.membership import Membership
+from mcr.reasons import Problem
+from mcr.stream import Stream
 
 if TYPE_CHECKING:
     from mcr.attached import AttachedInterface
@@ -122,11 +125,30 @@ def _listed(numbers: range) -> str:
     return f"{numbers[0]}-{numbers[-1]}"
 
 
+def tag_problem(supervisor: "Supervisor", stream: Stream) -> Problem | None:
+    """Why packets of a tagged stream do not come in, None if nothing is known against it."""
+    facts = supervisor.facts.get(stream.interface)
+    return None if facts is None else vlans.tag_problem(stream, facts, supervisor.vlans.seen(facts))
+
+
+def _input_problem(supervisor: "Supervisor", stream: Stream) -> Row:
+    problem = tag_problem(supervisor, stream) if stream.vlan else None
+    return {
+        "input_problem": problem.cause if problem else "",
+        "input_remedy": problem.remedy if problem else "",
+    }
+
+
 async def rules(supervisor: "Supervisor", name: str | None = None) -> list[Row]:
     """One row for each output of each rule, or of one rule. Other work gets its turn as in `stats`."""
     rows: list[Row] = []
     for states in _shares(_chosen(supervisor, name)):
-        rows.extend(_shown(state, output) for state in states for output in state.outputs)
+        rows.extend(
+            _shown(state, output) | problem
+            for state in states
+            for problem in [_input_problem(supervisor, state.rule.stream)]
+            for output in state.outputs
+        )
         await asyncio.sleep(0)
     return rows
 

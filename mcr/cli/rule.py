@@ -59,5 +59,8 @@ def show(settings: Settings, name: str | None, as_json: bool) -> None:
     for reason in dict.fromkeys(row["reason"] or row["output_reason"] for row in rows):
         if reason:
             print(f"pending: {reason}")
+    for problem, remedy in dict.fromkeys((row["input_problem"], row["input_remedy"]) for row in rows):
+        if problem:
+            print(f"{problem}\n  remedy: {remedy}")
     for row in {row["rule"]: row for row in rows}.values() if name else ():
         print(f"path {row['path']}: {row['path_reason']}")

@@ -33,7 +33,7 @@ FIELDS = {
     "tap_reports": {"number", "wanted", "event", "time_ns", "output_id", "verdict"},
 }
 WITHOUT_VALUES = {"xsks", "devices", "device_sets", "traced", "traced_egress", "tap_events", "without_metadata"}
-"""Maps of maps, sockets and programs, and a ring: the kernel gives their ids or nothing."""
+"""Maps of maps, sockets and programs, a ring, and a set: the kernel gives their ids or nothing."""
 
 
 LONG = {"rule_latency", "output_stats", "rule_stats"}

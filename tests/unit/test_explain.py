@@ -28,6 +28,7 @@ from mcr.netlink import Neighbour, Route
 from mcr.reasons import OUTPUT_DROPS, RULE_DROPS
 from mcr.rule import InterfaceFacts, Rule
 from mcr.stream import parse_output, parse_stream
+from mcr.vlans import TAKES_TAGS_OUT, Seen, tag_problem
 
 CAM = "239.1.1.1%in0:5000"
 OUT = "239.2.2.2%out0:6000"
@@ -268,7 +269,8 @@ def test_stream_that_never_came_is_told_how_to_look() -> None:
 
 def test_hidden_tags_are_named_where_a_tagged_rule_gets_nothing() -> None:
     tagged = f"{CAM},vlan=7"
-    given = situation(states(("cam", tagged)), counts=rule_counts(0), silent_s=None, tags_hidden=True)
+    problem = tag_problem(parse_stream(tagged), FACTS["in0"], Seen({TAKES_TAGS_OUT: True}))
+    given = situation(states(("cam", tagged)), counts=rule_counts(0), silent_s=None, tags=problem)
     _, problems = asked(tagged, given)
     assert [remedy.partition(",")[0] for remedy in problems.values()] == ["ethtool -K in0 rxvlan off"]
 
