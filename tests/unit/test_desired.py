@@ -409,3 +409,21 @@ def test_a_realiser_remembers_but_never_what_is_no_longer_so() -> None:
         for name, interface in again.interfaces.items():
             for rule_id, spec in interface.rules.items():
                 assert spec is remembered.interfaces[name].rules[rule_id]
+
+
+def test_a_tagged_group_is_joined_on_the_vlans_device_where_one_is_up() -> None:
+    rule = make("cam", "10.0.0.7@239.1.1.1%in0:5000,vlan=5", "239.2.2.2%out0:6000")
+    device = replace(IN0, name="in0.5", ifindex=20, kind="vlan", parent=11, vlan=5)
+    for found, ifindex in (
+        ({}, 11),
+        ({"in0.5": device}, 20),
+        ({"in0.5": replace(device, up=False)}, 11),
+        ({"in0.5": replace(device, vlan=6)}, 11),
+        ({"in0.5": replace(device, parent=12)}, 11),
+    ):
+        desired = desire(rule, interfaces=INTERFACES | found)
+        group, source = rule.stream.address, rule.stream.source
+        assert desired.memberships == {Membership(ifindex, group, source)}
+    twice = replace(rule, stream=parse_stream("239.1.1.1%in0:5000,vlan=9.5"))
+    (membership,) = desire(twice, interfaces=INTERFACES | {"in0.5": device}).memberships
+    assert membership.ifindex == 11
