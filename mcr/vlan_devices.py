@@ -60,7 +60,7 @@ class VlanDevices:
             _create_link(name, vlan)
             _set_alias(name, self._alias)
         except OSError as error:
-            self._refused[vlan] = os.strerror(error.errno or 0)
+            self._refused[vlan] = os.strerror(error.errno) if error.errno else str(error)
             words = (parent, vlan.tag, self._refused[vlan])
             log.warning("%s: VLAN %d cannot be registered: %s", *words, extra={"interface": parent})
         else:
@@ -93,6 +93,5 @@ def _set_alias(name: str, alias: str) -> None:
 
 
 def _do(request: ifinfmsg, message_type: int, flags: int = 0) -> None:
-    """Raises OSError: what the kernel answers."""
-    for _ in ask(netlink.NETLINK_ROUTE, request, message_type, flags | netlink.NLM_F_ACK):
-        pass
+    """Raises OSError: what the kernel answers, or TimeoutError."""
+    next(ask(netlink.NETLINK_ROUTE, request, message_type, flags | netlink.NLM_F_ACK))  # the acknowledgement

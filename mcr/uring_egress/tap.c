@@ -21,8 +21,7 @@ static const struct mcr_metadata *marked(const struct worker *worker, uint32_t f
 		return NULL;
 	if (xsk_zero_copy(worker))
 		metadata--; /* the driver had put the packet there before XDP put this in front of it */
-	if (!(metadata->flags & MCR_METADATA_TRACED) ||
-	    metadata->rule_id != rule_id)
+	if (!(metadata->flags & MCR_METADATA_TRACED) || metadata->rule_id != rule_id)
 		return NULL;
 	return metadata;
 }
