@@ -400,10 +400,6 @@ class LinkMonitor:
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
-    async def refresh(self) -> None:
-        """Reads the facts anew now, after a change of one's own; nobody is called for it. Raises OSError."""
-        self.facts = await asyncio.to_thread(read_interfaces)
-
     def _drain(self, events: socket.socket, shown_type: int) -> None:
         """Empties an event socket. What the events say is read afresh; only that they came counts.
 

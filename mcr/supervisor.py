@@ -29,7 +29,7 @@ from mcr.egress_helpers import EgressHelpers
 from mcr.errors import Faults, McrError
 from mcr.maps import MAX_INTERFACES, MAX_QUEUES, MAX_WORKERS, Maps, lookups_needed
 from mcr.membership import MembershipWorker
-from mcr.netlink import LinkMonitor
+from mcr.netlink import LinkMonitor, read_interfaces
 from mcr.rule import InterfaceFacts, Rule, needs_helper, rule_faults
 from mcr.rule_maps import RuleMaps
 from mcr.state import drop_staged, load_rules, put_rules, set_aside, stage_rules
@@ -226,6 +226,7 @@ class Supervisor:
         Saved rules that do not go together with the files are set aside.
         """
         _take_config(self.state, load_config(self.config_paths))
+        await self._provide_helpers(self.state)
         self._check(self.state)
         saved = self.state.copy()
         saved.runtime_rules = load_rules(self.instance)
@@ -248,7 +249,7 @@ class Supervisor:
             self.attached.clear()
             self.helpers.close()
             if not self.keep:
-                await self.vlans.withdraw({}, self._monitor.facts)
+                await self.vlans.withdraw({}, await asyncio.to_thread(read_interfaces))
 
     # --- commands
 
@@ -366,8 +367,7 @@ class Supervisor:
         await self._attach_interfaces(state, quietly)
         await self._provide_helpers(state)
         vlans = vlans_needed(rules, state.attachments, self._monitor.facts)
-        if await self.vlans.provide(vlans, self._monitor.facts):
-            await self._monitor.refresh()
+        await self.vlans.provide(vlans, self._monitor.facts)
         self.desired = await asyncio.to_thread(
             self._realiser.realise, rules, state.attachments, self.facts, self._ids
         )

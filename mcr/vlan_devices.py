@@ -35,18 +35,17 @@ class VlanDevices:
         refused = {vlan.tag: why for vlan, why in self._refused.items() if vlan.ifindex == facts.ifindex}
         return Seen(self._offloads.get(facts.name, {}), refused)
 
-    async def provide(self, needed: Mapping[Vlan, str], facts: Mapping[str, InterfaceFacts]) -> bool:
-        """Registers what is needed and is not. Returns whether it made a device."""
+    async def provide(self, needed: Mapping[Vlan, str], facts: Mapping[str, InterfaceFacts]) -> None:
+        """Registers what is needed and is not."""
         names = set(needed.values())
         if not names and not self._offloads:
-            return False
+            return
         self._offloads = await asyncio.to_thread(lambda: {name: ethtool.features(name) for name in names})
         self._refused = {vlan: why for vlan, why in self._refused.items() if vlan in needed}
         filtering = [name for name, offloads in self._offloads.items() if offloads.get(FILTERS)]
-        wanted = [vlan for vlan in missing(needed, facts, filtering) if vlan not in self._refused]
-        for vlan in wanted:
-            await asyncio.to_thread(self._create, vlan, needed[vlan])
-        return bool(wanted)
+        for vlan in missing(needed, facts, filtering):
+            if vlan not in self._refused:
+                await asyncio.to_thread(self._create, vlan, needed[vlan])
 
     async def withdraw(self, needed: Mapping[Vlan, str], facts: Mapping[str, InterfaceFacts]) -> None:
         """Deletes those of ours that are not needed."""
@@ -59,6 +58,8 @@ class VlanDevices:
         try:
             _create_link(name, vlan)
             _set_alias(name, self._alias)
+        except FileExistsError:
+            return  # made a moment ago, and not yet among the facts
         except OSError as error:
             self._refused[vlan] = os.strerror(error.errno) if error.errno else str(error)
             words = (parent, vlan.tag, self._refused[vlan])
