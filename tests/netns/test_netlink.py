@@ -160,6 +160,7 @@ def test_interfaces_are_read_as_they_are(lab: Lab, host: Namespace) -> None:
     settle(lab, host)
     lab.ip(host, f"link set eth0 mtu 9000 address {MAC}")
     lab.ip(host, "link add down0 type veth peer name down1")
+    lab.run(host, ["ip", "link", "set", "eth0", "alias", "to the studio"])
     told = {link["ifname"]: link for link in json.loads(lab.ip(host, "-j link show"))}
     with lab.inside(host):
         facts = read_interfaces()
@@ -175,6 +176,8 @@ def test_interfaces_are_read_as_they_are(lab: Lab, host: Namespace) -> None:
         ipv6=IPv6Address("fd01::1"),
         ipv6_link=link_local(lab, host, "eth0"),
         xdp_features=facts["eth0"].xdp_features,
+        kind="veth",
+        alias="to the studio",
     )
     assert facts["lo"] == InterfaceFacts(
         "lo", 1, 65536, True, False, "", xdp_features=facts["lo"].xdp_features
