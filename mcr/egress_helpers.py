@@ -51,6 +51,8 @@ class EgressHelpers:
             if interface := present.get(path.name):
                 fd = loader.open_pin(self._instance, f"{path.parent.name}/{path.name}")
                 link = loader.Link(fd, "native", path)
+                if not self._keep:
+                    link.unpin()
                 features = interface.xdp_features or 0
                 self._held[interface.ifindex] = _Held(interface.name, link, features)
             else:

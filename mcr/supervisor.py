@@ -470,7 +470,7 @@ class Supervisor:
                 await self._apply_again()
         if (without := self.maps.without_metadata()) != self._without_metadata:
             self._without_metadata = without
-                await self._apply_again()
+            await self._apply_again()
 
 
 def _take_config(state: DesiredState, config: Config) -> None:

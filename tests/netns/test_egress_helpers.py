@@ -103,7 +103,7 @@ def test_what_is_kept_outlives_its_holder_and_is_adopted(lab: Lab) -> None:
         second = EgressHelpers(relay.name, maps.helper_fd, keep=False)
         second.adopt(read_interfaces())
         assert not gone.exists()
-        assert second.seen(read_interfaces()["out0"]).helper == HELD
+        assert (second.seen(read_interfaces()["out0"]).helper, program_on("out0")) == (HELD, "mcr_pass")
+        assert not any(loader.helper_dir(relay.name).iterdir())  # it ends with this one, however that ends
         second.close()
         assert program_on("out0") == ""
-        assert not any(loader.helper_dir(relay.name).iterdir())
