@@ -56,7 +56,7 @@ BPF_TABLE("lru_hash", struct mcr_fragment_key, u16, fragments, MCR_MAX_FRAGMENTE
 BPF_TABLE("hash", u32, struct mcr_egress_device, egress_devices, MCR_MAX_EGRESS);
 BPF_TABLE("percpu_array", u32, struct mcr_bulk, bulks, MCR_MAX_EGRESS);
 /* The interfaces whose driver hands over no metadata, by ifindex, as soon as one packet has shown it. */
-BPF_TABLE("hash", u32, u32, without_metadata, MCR_MAX_INTERFACES);
+BPF_TABLE("hash", u32, u32, no_metadata, MCR_MAX_INTERFACES);
 /* What the supervisor settles: what dead workers had in hand, what retired fan-outs relayed. */
 BPF_F_TABLE("array", u32, struct mcr_rule_counters, settled_rules, MCR_MAX_RULES, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct mcr_output_counters, settled_outputs, MCR_MAX_OUTPUTS, BPF_F_MMAPABLE);
@@ -1053,8 +1053,8 @@ static __always_inline void note_metadata(struct xdp_md *ctx)
 {
 	u32 ifindex = ctx->ingress_ifindex;
 
-	if ((long)ctx->data - (long)ctx->data_meta < 0 && !without_metadata.lookup(&ifindex))
-		without_metadata.update(&ifindex, &ifindex);
+	if ((long)ctx->data - (long)ctx->data_meta < 0 && !no_metadata.lookup(&ifindex))
+		no_metadata.update(&ifindex, &ifindex);
 }
 
 /* Whether the frame is of a stream that a rule could name. *packet is then complete but for its rule. */

@@ -49,7 +49,7 @@ MAP_NAMES = (
     "fan_out_relayed",
     "egress_devices",
     "bulks",
-    "without_metadata",
+    "no_metadata",
     "settled_rules",
     "settled_outputs",
     "hands",

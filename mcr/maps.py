@@ -398,15 +398,13 @@ class Maps:
                 devices[int.from_bytes(key, sys.byteorder)] = (int(value.bulk), int(value.lost))
         return devices
 
-    def without_metadata(self) -> frozenset[int]:
+    def no_metadata(self) -> frozenset[int]:
         """The interfaces, by ifindex, whose packets have shown that their driver has no XDP metadata."""
-        return frozenset(
-            int.from_bytes(key, sys.byteorder) for key in self._keys("without_metadata", "__u32")
-        )
+        return frozenset(int.from_bytes(key, sys.byteorder) for key in self._keys("no_metadata", "__u32"))
 
     def forget_metadata(self, ifindex: int) -> None:
         """Its packets shall show it anew: the program is attached in another way."""
-        lib.bpf_map_delete_elem(self._fds["without_metadata"], ffi.new("__u32 *", ifindex))
+        lib.bpf_map_delete_elem(self._fds["no_metadata"], ffi.new("__u32 *", ifindex))
 
     def delete_rule(self, key: Any) -> None:
         """Deletes a rule; one that is not there is no error."""

@@ -122,7 +122,7 @@ class Supervisor:
         self._realiser = Realiser()
         self._bases = IdPool(MAX_INTERFACES + 1, "interface")
         self._slots = IdPool(MAX_WORKERS + 1, "worker")
-        self._without_metadata: frozenset[int] = frozenset()
+        self._no_metadata: frozenset[int] = frozenset()
         self.vlans = VlanDevices(instance)
         self._turn = asyncio.Lock()
         self._stack = contextlib.AsyncExitStack()
@@ -135,7 +135,7 @@ class Supervisor:
         facts = {name: self.helpers.seen(each) for name, each in self._monitor.facts.items()}
         for name, interface in self.attached.items():
             if name in facts:
-                metadata = facts[name].ifindex not in self._without_metadata
+                metadata = facts[name].ifindex not in self._no_metadata
                 facts[name] = replace(
                     facts[name], mode=interface.mode, ingress=interface.ingress, metadata=metadata
                 )
@@ -468,8 +468,8 @@ class Supervisor:
         for interface in list(self.attached.values()):
             if await interface.has_other_queues():
                 await self._apply_again()
-        if (without := self.maps.without_metadata()) != self._without_metadata:
-            self._without_metadata = without
+        if (without := self.maps.no_metadata()) != self._no_metadata:
+            self._no_metadata = without
             await self._apply_again()
 
 

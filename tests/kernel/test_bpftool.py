@@ -32,7 +32,15 @@ FIELDS = {
     "tap": {"deadline_ns", "limit", "taken", "lost", "rule_id", "key"},
     "tap_reports": {"number", "wanted", "event", "time_ns", "output_id", "verdict"},
 }
-WITHOUT_VALUES = {"xsks", "devices", "device_sets", "traced", "traced_egress", "tap_events", "without_metadata"}
+WITHOUT_VALUES = {
+    "xsks",
+    "devices",
+    "device_sets",
+    "traced",
+    "traced_egress",
+    "tap_events",
+    "no_metadata",
+}
 """Maps of maps, sockets and programs, a ring, and a set: the kernel gives their ids or nothing."""
 
 

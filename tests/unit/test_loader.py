@@ -271,7 +271,7 @@ def test_bpftool_names_the_program_and_its_maps(instance: str) -> None:
     program = bpftool("prog", "show", "pinned", pin_dir(instance) / PROGRAM_NAME)
     assert (program["name"], program["type"]) == ("mcr_relay", "xdp")
     used = {bpftool("map", "show", "id", str(number))["name"] for number in program["map_ids"]}
-    both = {"rules", "settings", "rule_stats", "fragments", "traced"}
+    both = {"rules", "settings", "rule_stats", "fragments", "traced", "no_metadata"}
     kernel_path = {"kernel_outputs", "output_stats", "bulks", "scratch"}
     fan_outs = {"devices", "device_sets", "fan_out_outputs", "fan_out_relayed"}
     assert used == {*both, *kernel_path, *fan_outs, "xsks", "hands"}
