@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -155,6 +155,38 @@ class AttachedInterface:
             if new := [error for number, error in self.refused.items() if number not in before]:
                 raise new[0]
 
+    async def mend_link(self) -> list[str]:
+        """Attaches the program again if somebody else has detached it, and pins the link again that has to
+        outlive this supervisor. Returns what was found. Raises McrError if it cannot be attached."""
+        async with self._turn:
+            if self._link is None or self._facts is None:
+                return []
+            try:
+                return await asyncio.to_thread(self._mend_link, self._link, self._facts)
+            except McrError as error:
+                await self._take_down()
+                self._reason = str(error)
+                raise
+
+    def _mend_link(self, link: loader.Link, facts: InterfaceFacts) -> list[str]:
+        found = []
+        if not link.runs(self._maps.program_id, facts.ifindex):
+            link.close()
+            self._link = None
+            self._link = loader.attach(self._maps.program_fd, self.name, facts.ifindex, link.mode)
+            found.append(f"{self.name}: the XDP link had been detached: attached again")
+        elif link.pin is not None and not link.pin.exists():
+            link.pin = None
+            found.append(f"{self.name}: the pin of the XDP link had been removed: pinned again")
+        self._pin_link(facts)
+        return found
+
+    async def replace_workers(self) -> None:
+        """Each worker, with its sockets."""
+        async with self._turn:
+            for seat in self.seats:
+                await seat.replace()
+
     async def has_other_queues(self) -> bool:
         """Whether the driver uses another number of receive queues now: not all of them tell of a change."""
         if self._facts is None or self.ingress != "xsk":
@@ -178,6 +210,18 @@ class AttachedInterface:
                 self._link = None
             await self._take_down()
             self._reason = "stopped"
+
+    @property
+    def place(self) -> tuple[Mapping[bytes, RuleSpec], int]:
+        """Its rules in the map, by key, and its xsk_base."""
+        return self._map_rules, self.xsk_base
+
+    @property
+    def steady_workers(self) -> tuple[int, ...] | None:
+        """The processes, if each worker that there is to be takes traffic from its AF_XDP sockets."""
+        if self._link is None or self.ingress != "xsk" or any(seat.pending for seat in self.seats):
+            return None
+        return tuple(seat.pid or 0 for seat in self.seats)
 
     @property
     def map_rules(self) -> Iterable[RuleSpec]:

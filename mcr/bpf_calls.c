@@ -85,6 +85,16 @@ int mcr_link_xdp(int prog_fd, int ifindex, int generic)
 	return bpf_link_create(prog_fd, ifindex, BPF_XDP, &options);
 }
 
+int mcr_link_target(int link_fd, uint32_t *program_id)
+{
+	struct bpf_link_info info = {};
+	uint32_t length = sizeof(info);
+	int status = bpf_obj_get_info_by_fd(link_fd, &info, &length);
+
+	*program_id = info.prog_id;
+	return status ? status : (int)info.xdp.ifindex;
+}
+
 int mcr_program_id(int prog_fd)
 {
 	struct bpf_prog_info info = {};

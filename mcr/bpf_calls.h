@@ -29,6 +29,9 @@ int mcr_create_device_set(uint32_t entries);
 /* A bpf_link of the program to an interface: in the driver, or generic. */
 int mcr_link_xdp(int prog_fd, int ifindex, int generic);
 
+/* The interface that an XDP link is attached to, 0 if it has been detached, and the program that it runs. */
+int mcr_link_target(int link_fd, uint32_t *program_id);
+
 /* The id of an open program. */
 int mcr_program_id(int prog_fd);
 

@@ -436,6 +436,16 @@ def _open(path: Path) -> int:
     return fd
 
 
+def pin_missing(instance: str, fds: Mapping[str, int]) -> list[str]:
+    """Pins those of the open maps, programs and links, by name, whose pin has gone. Returns their names."""
+    directory = pin_dir(instance)
+    directory.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in fds if not (directory / name).exists()]
+    for name in missing:
+        _pin(fds[name], directory / name)
+    return missing
+
+
 @dataclass(slots=True)
 class Link:
     """An XDP program attached to an interface, for as long as the descriptor is open or the link is pinned.
@@ -450,7 +460,7 @@ class Link:
 
     def keep(self, path: Path) -> None:
         """Pins the link, so that it outlives this process."""
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         _pin(self.fd, path)
         self.pin = path
 
@@ -459,6 +469,11 @@ class Link:
         if self.pin is not None:
             self.pin.unlink(missing_ok=True)
             self.pin = None
+
+    def runs(self, program_id: int, ifindex: int) -> bool:
+        """Whether it still attaches the program to the interface."""
+        found = ffi.new("uint32_t *")
+        return bool(lib.mcr_link_target(self.fd, found) == ifindex and found[0] == program_id)
 
     def let_go(self) -> None:
         """Closes the descriptor; a pinned link goes on."""
@@ -496,12 +511,17 @@ class XdpUnsupportedError(McrError):
     """The interface cannot run XDP in the mode asked for."""
 
 
+def tracepoint_pin(program: str) -> str:
+    """The name of the pin of a program's link to its tracepoint."""
+    return f"tracepoint_{program}"
+
+
 def trace_redirects(instance: str, program: str, program_fd: int, keep: bool) -> int:
     """Attaches a program to its tracepoint, for as long as the returned descriptor is open or pinned.
 
     It is adopted if it is pinned already, and pinned if it shall be kept.
     """
-    pin = f"tracepoint_{program}"
+    pin = tracepoint_pin(program)
     path = pin_dir(instance) / pin
     if path.exists():
         return open_pin(instance, pin)

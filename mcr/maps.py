@@ -176,6 +176,8 @@ class Maps:
     """The maps and the program of a loaded instance, open."""
 
     def __init__(self, instance: str) -> None:
+        self._instance = instance
+        self._settings = b""
         self._fds: dict[str, int] = {}
         try:
             self._open(instance)
@@ -200,7 +202,7 @@ class Maps:
         self._fan_outs_of: dict[int, tuple[int, ...]] = {}  # by output_id
         for rule in self.rules().values():
             if rule["fan_out"]:
-                self._list_fan_out(rule["fan_out"], self._outputs_of(rule["fan_out"]))
+                self._list_fan_out(rule["fan_out"], self.outputs_of(rule["fan_out"]))
         self._latency = _Counters(self._fds["rule_latency"], "mcr_latency", MAX_RULES)
 
     def __enter__(self) -> Self:
@@ -237,7 +239,28 @@ class Maps:
         if self._tracing:
             word |= lib.MCR_TRACING
         fields = {"abi_version": lib.MCR_ABI_VERSION, "lookups": word, "program_id": self._program_id}
-        self._update("settings", ffi.new("__u32 *", 0), ffi.new("struct mcr_settings *", fields))
+        value = ffi.new("struct mcr_settings *", fields)
+        self._settings = bytes(ffi.buffer(value))
+        self._update("settings", ffi.new("__u32 *", 0), value)
+
+    def restore_settings(self) -> None:
+        self.set_lookups(self._lookups)
+
+    @property
+    def program_id(self) -> int:
+        """Of mcr_relay."""
+        return self._program_id
+
+    def has_settings(self) -> bool:
+        """Whether they are as they were last set."""
+        value = ffi.new("struct mcr_settings *")
+        status = lib.bpf_map_lookup_elem(self._fds["settings"], ffi.new("__u32 *", 0), value)
+        _check(status, "read the map settings")
+        return bytes(ffi.buffer(value)) == self._settings
+
+    def pin_again(self, links: Mapping[str, int]) -> list[str]:
+        """Pins what has lost its pin, of the links, by name, as well. Returns the names."""
+        return loader.pin_missing(self._instance, {**self._fds, **links})
 
     def tracepoint_fd(self, program: str) -> int:
         """program: one of `loader.TRACEPOINTS`."""
@@ -275,6 +298,17 @@ class Maps:
         self._update(
             "kernel_outputs", ffi.new("__u32 *", output_id), ffi.new("struct mcr_kernel_output *", fields)
         )
+
+    def has_kernel_output(self, output_id: int, fields: dict[str, Any]) -> bool:
+        """Whether it is there with these fields."""
+        value, wanted = ffi.new("struct mcr_kernel_output *"), ffi.new("struct mcr_kernel_output *", fields)
+        status = lib.bpf_map_lookup_elem(self._fds["kernel_outputs"], ffi.new("__u32 *", output_id), value)
+        _check(status, "read the map kernel_outputs")
+        return bool(bytes(ffi.buffer(value)) == bytes(ffi.buffer(wanted)))
+
+    def has_device_set(self, number: int) -> bool:
+        found = ffi.new("__u32 *")
+        return bool(lib.bpf_map_lookup_elem(self._fds["device_sets"], ffi.new("__u32 *", number), found) == 0)
 
     def set_device(self, bulk: int, ifindex: int, *, asks: bool) -> None:
         """Puts an interface into its slot of `devices`; asks: frames that go there ask for mcr_egress.
@@ -341,9 +375,14 @@ class Maps:
         self._update("fan_out_relayed", key, ffi.new("__u64[]", self._cpus))
         self._list_fan_out(fan_out, [output_id for output_id, _ in outputs])
 
+    def restore_fan_out(self, fan_out: int, outputs: Sequence[tuple[int, int]]) -> None:
+        """Writes the outputs of one that is in use again, as they were."""
+        value = ffi.new("struct mcr_fan_out *", [_by_interface(outputs)])
+        self._update("fan_out_outputs", ffi.new("__u32 *", fan_out), value)
+
     def retire_fan_out(self, fan_out: int) -> None:
         """Takes away a fan-out that no packet can use any more; what it relayed goes to its outputs."""
-        output_ids = self._outputs_of(fan_out)
+        output_ids = self.outputs_of(fan_out)
         with self._folding:
             relayed = self._relayed_by(fan_out)
             for output_id in output_ids:
@@ -356,7 +395,7 @@ class Maps:
         """The output_id and ifindex of each of its outputs."""
         outputs = ffi.new("struct mcr_kernel_output *")
         pairs = []
-        for output_id in sorted(self._outputs_of(fan_out)):
+        for output_id in self.outputs_of(fan_out):
             status = lib.bpf_map_lookup_elem(
                 self._fds["kernel_outputs"], ffi.new("__u32 *", output_id), outputs
             )
@@ -364,11 +403,12 @@ class Maps:
             pairs.append((output_id, int(outputs.ifindex)))
         return tuple(pairs)
 
-    def _outputs_of(self, fan_out: int) -> list[int]:
+    def outputs_of(self, fan_out: int) -> list[int]:
+        """The output_ids of a fan-out, in order."""
         value = ffi.new("struct mcr_fan_out *")
         status = lib.bpf_map_lookup_elem(self._fds["fan_out_outputs"], ffi.new("__u32 *", fan_out), value)
         _check(status, "read the map fan_out_outputs")
-        return [int(output_id) for output_id in value.output_ids if output_id]
+        return sorted(int(output_id) for output_id in value.output_ids if output_id)
 
     def _relayed_by(self, fan_out: int) -> int:
         per_cpu = ffi.new("__u64[]", self._cpus)
@@ -508,6 +548,12 @@ class Maps:
                     total.relayed_packets += relayed[fan_out]
         _check(status, "read the map output_stats")
         return _numbers(totals, OUTPUT_COLUMNS * len(output_ids))
+
+    def no_worker_drops(self, rule_ids: Sequence[int]) -> int:
+        """Packets of these rules that found no AF_XDP socket."""
+        totals = self.rule_totals(rule_ids)
+        first = RULE_COLUMNS - len(DROP_REASONS) + DROP_REASONS.index("no_worker")
+        return sum(totals[first::RULE_COLUMNS])
 
     def latency_octaves(self, rule_ids: Sequence[int]) -> list[int]:
         """The latency of many rules at once, OCTAVE_COLUMNS numbers for each: the packets below each of

@@ -165,6 +165,12 @@ class MembershipWorker:
                 await self._apply()
             return self.failures
 
+    async def join_again(self, lost: frozenset[Membership]) -> None:
+        """Leaves and joins what the kernel has lost, though the process holds it."""
+        desired = self._desired
+        await self.set(desired - lost)
+        await self.set(desired)
+
     async def stop(self) -> None:
         """Leaves every group and reaps the process, within STOP_TIMEOUT_S and a little; or lets it go on."""
         for task in self._tasks:

@@ -13,13 +13,14 @@ import asyncio
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import ParamSpec
 
 from mcr._bpf import ffi, lib
 from mcr.accounting import ASKED_ROUNDS, Resting
 from mcr.desired import IdPool, KernelOutputSpec, RuleSpec
+from mcr.drift import Kind
 from mcr.errors import McrError
 from mcr.maps import MAX_EGRESS, MAX_FAN_OUTS, Maps
 from mcr.switch import plan_switch
@@ -100,6 +101,11 @@ class RuleMaps:
         """Takes away what an earlier supervisor left, once what is wanted, by key, has been put in place."""
         self.resting.watch(await asyncio.to_thread(self._in_turn, self._drop_left, wanted))
 
+    async def mend(self, places: Iterable[tuple[Mapping[bytes, RuleSpec], int]]) -> dict[Kind, list[str]]:
+        """Puts right what somebody else has changed in the maps. places: the rules in place, by key, and the
+        xsk_base of each interface. Returns what was found, by kind."""
+        return await asyncio.to_thread(self._mend_in_turn, list(places))
+
     def watch(self) -> None:
         """The outputs of all fan-outs shall be settled if they are at rest soon."""
         for pairs in tuple(self._fan_outs):
@@ -110,6 +116,55 @@ class RuleMaps:
     def _in_turn(self, work: Callable[P, list[int]], *args: P.args, **kwargs: P.kwargs) -> list[int]:
         with self._turn:
             return work(*args, **kwargs)
+
+    def _mend_in_turn(self, places: list[tuple[Mapping[bytes, RuleSpec], int]]) -> dict[Kind, list[str]]:
+        with self._turn:
+            wanted = {key: self._fields(rule, base) for rules, base in places for key, rule in rules.items()}
+            outputs = {
+                output for rules, _ in places for rule in rules.values() for output in rule.kernel_outputs
+            }
+            return {
+                "devices": list(self._mend_devices()),
+                "outputs": list(self._mend_outputs(outputs)),
+                "rules": list(self._mend_rules(wanted)),
+            }
+
+    def _mend_rules(self, wanted: dict[bytes, dict[str, int]]) -> Iterator[str]:
+        found = self._maps.rules()
+        for fields in found.values():
+            del fields["partial_seen"]  # written by XDP
+        for key, put in plan_switch(found, wanted, precedence):
+            if put is None:
+                self._maps.delete_rule(ffi.from_buffer(key))
+                yield f"the map rules had an entry more, of rule_id {found[key]['rule_id']}: deleted"
+            else:
+                self._maps.set_rule(ffi.from_buffer(key), put)
+                state = "was changed in" if key in found else "had gone from"
+                yield f"the entry of rule_id {put['rule_id']} {state} the map rules: put back"
+
+    def _mend_outputs(self, outputs: Iterable[KernelOutputSpec]) -> Iterator[str]:
+        for output in outputs:
+            fields = {**output.fields(), "bulk": self._bulk(output.ifindex)}
+            if not self._maps.has_kernel_output(output.output_id, fields):
+                self._maps.set_kernel_output(output.output_id, fields)
+                yield f"output_id {output.output_id} was changed in the map kernel_outputs: put back"
+
+    def _mend_devices(self) -> Iterator[str]:
+        present = {ifindex for ifindex, _ in socket.if_nameindex()}
+        for ifindex, bulk in self._bulks.items():
+            asks = ifindex in self._asking
+            program = self._maps.device_program(bulk)
+            if ifindex in present and (program is None or bool(program) != asks):
+                self._maps.set_device(bulk, ifindex, asks=asks)
+                yield f"interface {ifindex} was changed in the map devices: put back"
+        lost = {number: each for each, number in self._sets.items() if not self._maps.has_device_set(number)}
+        if lost:
+            self._maps.put_device_sets(lost)
+            yield f"{len(lost)} device maps had gone from the map device_sets: put back"
+        for pairs, fan_out in self._fan_outs.items():
+            if self._maps.outputs_of(fan_out.number) != sorted(output_id for output_id, _ in pairs):
+                self._maps.restore_fan_out(fan_out.number, pairs)
+                yield f"fan-out {fan_out.number} was changed in the map fan_out_outputs: put back"
 
     def _switch(
         self, in_place: MutableMapping[bytes, RuleSpec], wanted: dict[bytes, RuleSpec], xsk_base: int

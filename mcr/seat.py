@@ -139,6 +139,12 @@ class Seat:
                 await self._settle(self._told.rules, self._told.outputs)
             self._vacate(reason)
 
+    async def replace(self) -> None:
+        """Ends the worker, upon which the keeper starts another."""
+        async with self._turn:
+            if self._worker is not None:
+                self._worker.kill()
+
     async def add(self, spec: InterfaceSpec) -> None:
         """Tells the worker what is new or changed in spec; where none sits, the next one. Raises McrError."""
         async with self._turn:

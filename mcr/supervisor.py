@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
-from mcr import keep, loader
+from mcr import keep, loader, procfs
 from mcr.accounting import settle_worker
 from mcr.attached import AttachedInterface
 from mcr.background import Tasks, every, in_thread, surviving
 from mcr.config import Attachment, Config, load_config
 from mcr.desired import Desired, IdPool, Ids, Realiser, RuleState
+from mcr.drift import Drifts
 from mcr.egress_helpers import EgressHelpers
 from mcr.errors import Faults, McrError
 from mcr.maps import MAX_INTERFACES, MAX_QUEUES, MAX_WORKERS, Maps, lookups_needed
@@ -40,6 +41,7 @@ from mcr.vlans import vlans_needed
 RETRY_INTERVAL_S = 5.0
 QUEUES_INTERVAL_S = 1.0
 SETTLE_INTERVAL_S = 1.0
+DRIFT_INTERVAL_S = 3.0
 IDS_AT_ONCE = 256  # before other work of the loop gets its turn
 
 log = logging.getLogger(__name__)
@@ -112,6 +114,7 @@ class Supervisor:
         self.desired = Desired({}, {}, frozenset())
         self.attached: dict[str, AttachedInterface] = {}
         self.reloads = Reloads()
+        self.drifts = Drifts()
         self.membership = MembershipWorker(keep.refuge(instance), self.keep)
         self.maps: Maps
         self.rule_maps: RuleMaps
@@ -126,6 +129,9 @@ class Supervisor:
         self.vlans = VlanDevices(instance)
         self._turn = asyncio.Lock()
         self._stack = contextlib.AsyncExitStack()
+        self._kept_links: dict[str, int] = {}  # of the tracepoints, by pin
+        self._mends = False  # only once everything is in place
+        self._unserved: dict[str, tuple[tuple[int, ...] | None, int, int]] = {}
         self._background = Tasks(log)
         self._links_moved = asyncio.Event()
 
@@ -171,7 +177,10 @@ class Supervisor:
             self.helpers = EgressHelpers(self.instance, self.maps.helper_fd, self.keep)
             for program in loader.TRACEPOINTS:
                 fd = self.maps.tracepoint_fd(program)
-                stack.callback(os.close, loader.trace_redirects(self.instance, program, fd, self.keep))
+                link = loader.trace_redirects(self.instance, program, fd, self.keep)
+                stack.callback(os.close, link)
+                if self.keep:
+                    self._kept_links[loader.tracepoint_pin(program)] = link
             if adopted:
                 rules, outputs = self._ids.rules.values(), self._ids.outputs.values()
                 await settle_worker(self.maps, rules, outputs)  # the workers ended with their supervisor
@@ -184,6 +193,7 @@ class Supervisor:
             await self._start_config()
             if adopted:
                 await self._drop_unwanted()
+            self._mends = True
             self._start_loops()
             self._stack = stack.pop_all()
         gc.freeze()  # what a start makes stays: looking through it held the loop for 50 ms with 2,000 rules
@@ -359,6 +369,7 @@ class Supervisor:
     async def _apply(self, state: DesiredState, quietly: bool = False) -> None:
         """Puts a state in place. quietly: what cannot be done is logged and waits instead of raising."""
         self.state = state
+        await self._mend(quietly)
         rules = list(state.rules.values())
         before = lookups_needed([each.rule.stream for each in self.desired.rules.values()])
         needed = lookups_needed([rule.stream for rule in rules])
@@ -435,6 +446,7 @@ class Supervisor:
             (self._retry, RETRY_INTERVAL_S, "mcr-retry", "trying again what is pending"),
             (self._watch_queues, QUEUES_INTERVAL_S, "mcr-queues", "looking at the receive queues"),
             (self._settle, SETTLE_INTERVAL_S, "mcr-settle", "settling what was lost"),
+            (self._watch_drift, DRIFT_INTERVAL_S, "mcr-drift", "looking for drift"),
             (self._follow_links, 0, "mcr-links", "following the links"),
         ):
             self._background.start(partial(every, interval_s, turn, log, what), name)
@@ -463,6 +475,57 @@ class Supervisor:
     async def _settle(self) -> None:
         """Settles what nobody saw getting lost, once its rules and outputs are at rest."""
         await self.rule_maps.resting.settle()
+
+    async def _watch_drift(self) -> None:
+        async with self._turn:
+            await self._mend(quietly=True)
+            await self._mend_sockets()
+
+    async def _mend(self, quietly: bool) -> None:
+        """Puts right what somebody else has changed of what is in place."""
+        if not self._mends:
+            return
+        pinned = await asyncio.to_thread(self.maps.pin_again, self._kept_links)
+        self.drifts.note("pins", [f"the pin of {name} had been removed: pinned again" for name in pinned])
+        for name, interface in self.attached.items():
+            with _logging_errors(name, quietly):
+                self.drifts.note("link", await interface.mend_link())
+        places = [interface.place for interface in self.attached.values()]
+        for kind, found in (await self.rule_maps.mend(places)).items():
+            self.drifts.note(kind, found)
+        if not self.maps.has_settings():
+            self.maps.restore_settings()
+            self.drifts.note("settings", ["the map settings was changed: put back"])
+        await self._mend_joins()
+
+    async def _mend_joins(self) -> None:
+        present = await asyncio.to_thread(procfs.joined_groups)
+        if present is None:
+            return
+        held = self.desired.memberships - {failure.membership for failure in self.membership.failures}
+        lost = frozenset(each for each in held if (each.ifindex, each.group) not in present)
+        if lost:
+            await self.membership.join_again(lost)
+            words = "the kernel had lost the join of {} on interface {}: joined again"
+            self.drifts.note("joins", [words.format(each.group, each.ifindex) for each in sorted(lost)])
+
+    async def _mend_sockets(self) -> None:
+        """The map of AF_XDP sockets cannot be read back: packets that find none, though the same workers are
+        there at each look, show that an entry has gone."""
+        unserved = {}
+        for name, interface in self.attached.items():
+            workers = interface.steady_workers
+            drops = self.maps.no_worker_drops([rule.rule_id for rule in interface.map_rules])
+            before = self._unserved.get(name)
+            looks = 0
+            if workers is not None and before is not None and before[0] == workers and drops > before[1]:
+                looks = before[2] + 1
+            if looks == 2:
+                await interface.replace_workers()
+                self.drifts.note("sockets", [f"{name}: packets found no AF_XDP socket: workers replaced"])
+                looks = 0
+            unserved[name] = workers, drops, looks
+        self._unserved = unserved
 
     async def _watch_queues(self) -> None:
         for interface in list(self.attached.values()):

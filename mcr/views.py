@@ -29,7 +29,7 @@ ROWS_AT_ONCE = 200
 
 def status(supervisor: "Supervisor") -> list[Row]:
     """One row for each attached interface and each of its workers, each egress interface of the kernel path,
-    and the joins. What the workers count is summed up in their interface's row.
+    drift if there was any, and the joins. What the workers count is summed up in their interface's row.
 
     Of the joins that are refused there is one each, too, up to MAX_JOINS_IN_STATUS: `joins` has all of them.
     """
@@ -59,6 +59,10 @@ def status(supervisor: "Supervisor") -> list[Row]:
         rows.extend(workers)
     for name, lost in supervisor.redirect_losses().items():
         rows.append({"object": "egress", "interface": name, "redirect_lost": lost})
+    drifts = supervisor.drifts
+    if drifts.total:
+        ago_s = round(time.time() - drifts.last_s, 1)
+        rows.append({"object": "drift", "mended": drifts.total, "last": drifts.last, "seconds_ago": ago_s})
     membership = supervisor.membership
     rows.append(
         {

@@ -49,6 +49,8 @@ def command(settings: Settings, as_json: bool) -> None:
         for text in filter(None, (row["reason"], row["shortfall"])):
             print(f"{row['interface']}: {text}")
     for row in rows:
+        if row["object"] == "drift":
+            print(f"drift: {row['mended']} put right, the last {row['seconds_ago']:.0f} s ago: {row['last']}")
         if row["object"] == "membership":
             print(
                 f"joined {row['held']} of {row['wanted']} groups"

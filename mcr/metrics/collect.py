@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from mcr._bpf import lib
+from mcr.drift import KINDS
 from mcr.maps import WorkerCounts
 from mcr.metrics.rules import RuleText
 
@@ -90,6 +91,13 @@ class RelayCollector(Collector):
         )
         yield from self._joins()
         yield from self._reloads()
+        drifts = self._supervisor.drifts
+        yield _counter(
+            "mcr_drift_total",
+            "Things found changed by somebody else, and put right.",
+            ["kind"],
+            [([kind], drifts.counts[kind]) for kind in KINDS],
+        )
 
     def _interfaces(self, interfaces: list["AttachedInterface"]) -> Iterator[Metric]:
         info = InfoMetricFamily(
