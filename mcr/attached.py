@@ -16,7 +16,7 @@ from typing import Literal
 from mcr import loader, netlink
 from mcr.accounting import settle_worker
 from mcr.background import cause_of, in_thread
-from mcr.config import Attachment
+from mcr.config import Attachment, Mode
 from mcr.desired import (
     InterfaceSpec,
     OutputSpec,
@@ -30,7 +30,7 @@ from mcr.desired import (
 )
 from mcr.errors import McrError
 from mcr.maps import MAX_QUEUES, Maps
-from mcr.rule import InterfaceFacts
+from mcr.rule import AGGREGATES, InterfaceFacts
 from mcr.rule_maps import RuleMaps
 from mcr.seat import Seat, all_done, differs
 from mcr.sockets import RouteProbe, open_packets
@@ -312,14 +312,14 @@ class AttachedInterface:
         self.ingress = "packet" if self.attachment.ingress == "packet" else "xsk"
         if self.ingress == "packet":
             return
-        mode = self.attachment.mode
         self._maps.forget_metadata(facts.ifindex)
         try:
-            self._link = self._adopt(facts) or loader.attach(
+            mode = xdp_mode(self.attachment, facts)
+            self._link = self._adopt(facts, mode) or loader.attach(
                 self._maps.program_fd, self.name, facts.ifindex, mode, patiently
             )
         except loader.XdpUnsupportedError as error:
-            if self.attachment.ingress != "auto" or mode != "auto":
+            if self.attachment.ingress != "auto" or self.attachment.mode != "auto":
                 raise
             self._log.warning("%s; using AF_PACKET", error)
             self.ingress = "packet"
@@ -346,10 +346,10 @@ class AttachedInterface:
         self._link = loader.attach(self._maps.program_fd, self.name, facts.ifindex, "native")
         self._pin_link(facts)
 
-    def _adopt(self, facts: InterfaceFacts) -> loader.Link | None:
+    def _adopt(self, facts: InterfaceFacts, mode: Mode) -> loader.Link | None:
         """A link that an earlier supervisor left, if it is in a mode that is wanted."""
         link = loader.adopt_link(self.instance, facts.ifindex, self.name)
-        if link is not None and self.attachment.mode not in ("auto", link.mode):
+        if link is not None and mode not in ("auto", link.mode):
             link.close()
             return None
         return link
@@ -410,6 +410,19 @@ class AttachedInterface:
             await settle_worker(self._maps, rules, outputs)
         else:
             self._rule_maps.resting.watch_workers(rules, outputs)
+
+
+def xdp_mode(attachment: Attachment, facts: InterfaceFacts) -> Mode:
+    """A program in a bond's or team's driver runs in its members', and is told their index: no rule of the
+    bond would match. In the stack it runs on the bond. Raises XdpUnsupportedError."""
+    if facts.kind not in AGGREGATES or attachment.mode == "generic":
+        return attachment.mode
+    if attachment.mode == "native":
+        raise loader.XdpUnsupportedError(
+            f"{facts.name} is a {facts.kind}: in native mode XDP sees its members in its place",
+            f"attach the members, or choose --mode generic for {facts.name}",
+        )
+    return "generic"
 
 
 def _with_routes(spec: InterfaceSpec, before: InterfaceSpec) -> InterfaceSpec:

@@ -10,7 +10,7 @@ import logging
 import time
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mcr.bucket import TokenBucket
@@ -28,6 +28,7 @@ from mcr.jsonrpc import (
     request_id,
     result_pieces,
 )
+from mcr.limits import scaled
 
 if TYPE_CHECKING:
     from mcr.control_server import ControlServer
@@ -64,7 +65,7 @@ class Limits:
     requests_per_s: int = 1000  # tokens a second of each client
     user_requests_per_s: int = 3000  # tokens a second of each user but root
     bytes_per_token: int = 2048
-    seconds_per_token: float = 0.0002
+    seconds_per_token: float = field(default_factory=lambda: scaled(0.0002))
     write_timeout_s: float = 5.0
     idle_timeout_s: float = 600.0
 

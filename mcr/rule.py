@@ -31,6 +31,7 @@ XDP_FEATURE_NDO_XMIT_SG = 64
 # The largest MTU whose frames, with two VLAN tags, headroom and skb_shared_info, fit a page.
 SINGLE_BUFFER_MTU = 3496
 HELD = "held"  # of InterfaceFacts.helper
+AGGREGATES = ("bond", "team")  # kinds of device whose XDP programs run in their members
 
 RulePath: TypeAlias = Literal["kernel", "worker"]
 PathChoice: TypeAlias = Literal["auto", "kernel", "worker"]
