@@ -68,6 +68,7 @@ class RuleMaps:
         self._numbers = IdPool(MAX_FAN_OUTS, "fan-out")
         self._set_numbers = IdPool(MAX_FAN_OUTS, "device map")
         self._fan_outs: dict[Pairs, FanOut] = {}
+        self._users: dict[bytes, Pairs] = {}  # by key, of all interfaces: a rule moves with its fan-out
         self._sets: dict[tuple[int, ...], int] = {}  # the device maps, by their interfaces
         self._bulks = {ifindex: bulk for ifindex, (bulk, _) in maps.egress_devices().items()}
         self._asking = {ifindex for ifindex, bulk in self._bulks.items() if maps.device_program(bulk)}
@@ -184,14 +185,18 @@ class RuleMaps:
             for key, rule in steps:
                 if rule is None:
                     self._maps.delete_rule(ffi.from_buffer(key))
+                    self._users.pop(key, None)
                     del in_place[key]
                 else:
                     self._maps.set_rule(ffi.from_buffer(key), self._fields(rule, xsk_base))
+                    self._users.pop(key, None)
+                    if rule.fan_out:
+                        self._users[key] = _pairs(rule)
                     in_place[key] = rule
             self._left -= needed
         finally:
             concerned = (before | needed) & self._fan_outs.keys()
-            retired = self._retire(concerned - self._left - _used(in_place.values()))
+            retired = self._retire(concerned - self._left - set(self._users.values()))
         return retired
 
     def _drop_left(self, wanted: Collection[bytes]) -> list[int]:
