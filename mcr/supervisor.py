@@ -329,12 +329,25 @@ class Supervisor:
     # --- desired to actual
 
     def _check(self, state: DesiredState) -> None:
-        faults, facts = Faults(), self.facts
+        faults, facts = Faults(), self._facts_of(state)
         faults.found += _faults_together(state)
         for rule in state.rules.values():
             with faults:
                 self._realiser.plan(rule, facts)
         faults.check()
+
+    def _facts_of(self, state: DesiredState) -> Mapping[str, InterfaceFacts]:
+        """The interfaces as they are now, attached as state asks for; what `auto` will get is not known."""
+        facts = dict(self.facts)
+        for name in facts:
+            attached, attachment = self.attached.get(name), state.attachments.get(name)
+            if attached is None or attached.attachment != attachment:
+                generic = attachment is not None and attachment.mode == "generic"
+                packet = attachment is not None and attachment.ingress == "packet"
+                facts[name] = replace(
+                    facts[name], mode="generic" if generic else "", ingress="packet" if packet else ""
+                )
+        return facts
 
     async def _change(self, edit: Callable[[DesiredState], None]) -> None:
         async with self._turn:
