@@ -124,15 +124,20 @@ class AttachedInterface:
     def zero_copy(self) -> bool:
         return any(seat.zero_copy for seat in self.seats)
 
+    async def release(self, facts: InterfaceFacts | None) -> None:
+        """Detaches what cannot stay as it is: the interface has gone, is another one of that name, or needs
+        frames of another size. Facts are None where it is absent."""
+        async with self._turn:
+            if self._must_restart(facts):
+                await self._take_down()
+
     async def prepare(self, facts: InterfaceFacts | None) -> None:
-        """Attaches, or detaches what has gone; facts are None where the interface is absent.
+        """Attaches; to be called after `release`, of all the interfaces, because they may exchange names.
 
         What is attached here has no rule before `put`. Raises McrError if it cannot be attached; a worker
         that dies later is replaced.
         """
         async with self._turn:
-            if self._must_restart(facts):
-                await self._take_down()
             if facts is None:
                 self._reason = f"there is no interface {self.name}"
             elif self._facts is None:

@@ -437,11 +437,14 @@ class Supervisor:
                 for seat in interface.seats:
                     self._slots.give(seat.slot + 1)
                 del self.attached[name]
+        facts = self._monitor.facts
+        for name, interface in self.attached.items():
+            await interface.release(facts.get(name))
         for name, attachment in state.attachments.items():
             if name not in self.attached:
                 self.attached[name] = self._new_interface(attachment)
             with _logging_errors(name, quietly):
-                await self.attached[name].prepare(self._monitor.facts.get(name))
+                await self.attached[name].prepare(facts.get(name))
 
     def _new_interface(self, attachment: Attachment) -> AttachedInterface:
         slots = [self._slots.take() - 1 for _ in range(attachment.workers)]
