@@ -329,12 +329,27 @@ class Supervisor:
     # --- desired to actual
 
     def _check(self, state: DesiredState) -> None:
+        """Raises McrError. A rule that waits because its interfaces have changed hinders no other change."""
         faults, facts = Faults(), self._facts_of(state)
         faults.found += _faults_together(state)
         for rule in state.rules.values():
-            with faults:
+            try:
                 self._realiser.plan(rule, facts)
+            except McrError as error:
+                if not self._waits(rule):
+                    faults.found.append(error)
         faults.check()
+
+    def _waits(self, rule: Rule) -> bool:
+        """Whether it is in place and cannot be carried by the interfaces as they are."""
+        known = self.desired.rules.get(rule.name)
+        if known is None or not known.pending or known.rule != rule:
+            return False
+        try:
+            self._realiser.plan(rule, self.facts)
+        except McrError:
+            return True
+        return False
 
     def _facts_of(self, state: DesiredState) -> Mapping[str, InterfaceFacts]:
         """The interfaces as they are now, attached as state asks for; what `auto` will get is not known."""

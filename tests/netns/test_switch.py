@@ -388,3 +388,22 @@ def test_what_is_adopted_with_other_outputs_than_it_had_is_exchanged_without_los
     assert_whole(report(sink), sent)
     rule, output = client_of(lab, network.relay).call("stats", name="cam")
     assert rule["received_packets"] == rule["relayed_packets"] == output["sent_packets"] == sent["packets"]
+
+
+def test_a_rule_that_has_to_wait_stands_in_the_way_of_no_other_change(lab: Lab) -> None:
+    """It insists on the kernel path, which its output lost when the peer's GRO went off."""
+    topology = lab.topology_relay(gro=True)
+    kernel = "x", GROUP_IN, ["239.2.2.2%out0:6000"]
+    lab.supervisor(topology.relay, config=config(kernel, path="kernel"))
+    client, file = client_of(lab, topology.relay), config_file(lab, topology.relay)
+    lab.run(topology.dst, ["ethtool", "-K", "eth0", "gro", "off"])
+    wait_until(lambda: client.call("rule.show", name="x")[0]["state"] == "pending", "x has to wait", 30)
+    rule = {"name": "y", "from": "239.1.1.9%in0:5000", "to": ["10.2.0.2:6000"], "path": "worker"}
+    client.call("rule.add", **rule)
+    client.call("reload")
+    client.call("rule.del", names=["y"])
+    with pytest.raises(McrError, match="cannot take the kernel path"):
+        client.call("rule.add", **{**rule, "path": "kernel", "to": ["239.2.2.9%out0:6000"]})
+    file.write_text(config())
+    client.call("reload")
+    assert client.call("rule.show") == []
