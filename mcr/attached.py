@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from mcr import loader, netlink
+from mcr import ethtool, loader, netlink
 from mcr.accounting import settle_worker
 from mcr.background import cause_of, in_thread
 from mcr.config import Attachment, Mode
@@ -319,7 +319,9 @@ class AttachedInterface:
             return
         self._maps.forget_metadata(facts.ifindex)
         try:
-            mode = xdp_mode(self.attachment, facts)
+            offloads = ethtool.features(self.name)
+            merges = any(offloads.get(feature) for feature in ethtool.MERGES)
+            mode = xdp_mode(self.attachment, facts, merges)
             self._link = self._adopt(facts, mode) or loader.attach(
                 self._maps.program_fd, self.name, facts.ifindex, mode, patiently
             )
@@ -417,17 +419,32 @@ class AttachedInterface:
             self._rule_maps.resting.watch_workers(rules, outputs)
 
 
-def xdp_mode(attachment: Attachment, facts: InterfaceFacts) -> Mode:
-    """A program in a bond's or team's driver runs in its members', and is told their index: no rule of the
-    bond would match. In the stack it runs on the bond. Raises XdpUnsupportedError."""
-    if facts.kind not in AGGREGATES or attachment.mode == "generic":
-        return attachment.mode
-    if attachment.mode == "native":
+def xdp_mode(attachment: Attachment, facts: InterfaceFacts, merges: bool) -> Mode:
+    """The mode to attach in; `auto` is native, or else generic.
+
+    merges: whether GRO merges UDP there. In the stack a program cannot tell a super-packet, of GRO or of a
+    sender on this host (UDP_SEGMENT), from one datagram: `auto` takes generic mode only where there are none.
+    A program in a bond's or team's driver runs in its members', and is told their index: no rule of the bond
+    would match. In the stack it runs on the bond. Raises XdpUnsupportedError.
+    """
+    aggregate = facts.kind in AGGREGATES
+    if attachment.mode == "native" and aggregate:
         raise loader.XdpUnsupportedError(
             f"{facts.name} is a {facts.kind}: in native mode XDP sees its members in its place",
             f"attach the members, or choose --mode generic for {facts.name}",
         )
-    return "generic"
+    if attachment.mode != "auto":
+        return attachment.mode
+    of_hardware = aggregate or (not facts.kind and facts.name != "lo")
+    keeps = attachment.ingress == "xsk" or (of_hardware and not merges)
+    if aggregate and not keeps:
+        raise loader.XdpUnsupportedError(
+            f"{facts.name} cannot run XDP in native mode, and GRO merges datagrams before generic mode",
+            "choose --ingress packet, which cuts them again",
+        )
+    if aggregate:
+        return "generic"
+    return "auto" if keeps else "native"
 
 
 def _with_routes(spec: InterfaceSpec, before: InterfaceSpec) -> InterfaceSpec:

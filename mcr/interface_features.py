@@ -62,7 +62,7 @@ def _all(use: Use, facts: InterfaceFacts, attached: list[dict[str, Any]]) -> Ite
     yield _queues(name, attached, use.takes_in)
     yield _mtu(name, facts)
     offloads = ethtool.features(name)
-    yield _merging(name, offloads)
+    yield _merging(name, facts, offloads, attached)
     yield _tags(name, offloads)
     yield _vlan_filter(name, offloads)
     yield _reverse_path(name)
@@ -232,8 +232,17 @@ def _zero_copy(facts: InterfaceFacts, attached: list[dict[str, Any]]) -> Check:
     return Check("zero-copy", "no", "the driver cannot", "none is needed: frames are copied")
 
 
-def _merging(name: str, offloads: Mapping[str, bool]) -> Check:
-    """GRO of UDP that is forwarded merges datagrams before XDP in generic mode, and AF_PACKET, see them."""
+def _merging(
+    name: str, facts: InterfaceFacts, offloads: Mapping[str, bool], attached: list[dict[str, Any]]
+) -> Check:
+    """In generic mode XDP cannot tell a super-packet from one datagram: GRO of UDP that is forwarded makes
+    such, and on a device that is no hardware a sender on this host does. AF_PACKET cuts them again."""
+    if any(row["ingress"] == "packet" for row in attached):
+        return Check("datagrams stay whole", "yes", "AF_PACKET cuts what was merged")
+    generic = any(row["mode"] == "generic" for row in attached)
+    if generic and facts.kind and facts.kind not in AGGREGATES:
+        evidence = f"in generic mode, and a sender on this host that uses UDP_SEGMENT reaches a {facts.kind}"
+        return Check("datagrams stay whole", "no", evidence, "attach with --ingress packet")
     if not offloads:
         return Check("datagrams stay whole", "can't tell", "the driver does not tell its offloads")
     on = [feature for feature in ethtool.MERGES if offloads.get(feature)]

@@ -5,6 +5,7 @@ On a veth or tap such a super-packet arrives as one. Each of its datagrams is co
 
 import contextlib
 import itertools
+import json
 import socket
 import struct
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from tests.netns.flows import (
     report,
     send,
     stats,
+    status,
     wait_until,
 )
 from tests.netns.lab import Lab, Namespace
@@ -128,6 +130,30 @@ def test_each_datagram_of_a_super_packet_is_relayed_and_counted(lab: Lab, way: s
 @pytest.mark.parametrize("way", ["native", "packet"])
 def test_each_leaves_in_fragments_where_it_does_not_fit(lab: Lab, way: str) -> None:
     relay_super_packets(lab, WAYS[way], SHAPES["40x1400"], mtu=1300)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_a_bridge_the_defaults_keep_the_borders_of_datagrams(lab: Lab, shape: str) -> None:
+    topology = lab.topology_relay()
+    lab.ip(topology.relay, "link add br0 type bridge mcast_snooping 0")
+    lab.ip(topology.relay, "link set in0 master br0")
+    lab.ip(topology.relay, "link set br0 up")
+    text = config(("r", "239.1.1.1%br0:5000", [GROUP_OUT])).replace('"in0"', '"br0"')
+    lab.supervisor(topology.relay, config=text)
+    assert status(lab, topology.relay)["ingress"] == "packet"
+    with open_sink(lab, topology.dst) as sink:
+        sent = send_super_packets(lab, topology.src, SHAPES[shape])
+        assert received(sink, len(sent)) == sent
+    wait_until(lambda: _sent(lab, topology.relay) == len(sent), "every datagram counted", 30)
+    assert_accounted(lab, topology.relay, len(sent))
+
+
+def test_doctor_says_that_generic_mode_cannot_keep_them_apart(lab: Lab) -> None:
+    topology = lab.topology_relay()
+    lab.supervisor(topology.relay, config=config(attach='mode = "generic"'))
+    done = lab.mcr(topology.relay, "doctor", "in0", "-j", check=False)
+    (row,) = (row for row in json.loads(done.stdout) if row["check"] == "datagrams stay whole")
+    assert (row["answer"], row["remedy"]) == ("no", "attach with --ingress packet")
 
 
 @pytest.mark.parametrize("attach", ['ingress = "packet"', 'mode = "native"'], ids=["packet", "native"])

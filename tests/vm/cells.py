@@ -106,6 +106,12 @@ LIMITS = (
         ("e1000e",),
     ),
     Limit(
+        "no hardware and without native XDP: `auto` takes AF_PACKET, which keeps datagrams apart, and with it"
+        " the worker path",
+        ("kernel",),
+        ("bridge", "vlan", "macvlan"),
+    ),
+    Limit(
         "vmxnet3 has no native XDP before Linux 6.6, and later none with metadata, so that clones cannot be"
         " told apart: the worker path takes a rule with several outputs",
         ("kernel-2",),
