@@ -123,7 +123,7 @@ class Stage:
         prefix = f"mcr-demo-{os.getpid()}"
         self.names = {role: f"{prefix}-{role}" for role in ("source", "relay", "sinks")}
         self.instance = self.names["relay"]
-        self.pins = (loader.pin_dir(self.instance), loader.pin_dir(f"{self.instance}~new"))
+        self.pins = tuple(loader.pin_dir(self.instance + mark) for mark in ("", "~new", "~lock"))
         self.cleanup = contextlib.ExitStack()
         self._signal: int | None = None
         self._supervisor: Child | None = None

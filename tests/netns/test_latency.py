@@ -44,8 +44,8 @@ def test_the_relays_latency_agrees_with_stamps_in_the_payload(lab: Lab, rate_pps
             before = maps.rule_latency(1)
             traffic.begin_trial(("eth0",), timed=True)
             traffic.send(("eth0",), streams, count, rate_pps)
+            wait_until(lambda: maps.rule_latency(1).count >= before.count + count, "counted", 60)  # noqa: B023
             (arrived,) = traffic.settle(("eth0",), count)
-            wait_until(lambda: maps.rule_latency(1).count >= before.count + count, "counted")  # noqa: B023
             inside, outside = maps.rule_latency(1).since(before), traffic.latency()
             assert inside.count == outside.packets == arrived.packets == count
             apart.append(max(difference(inside, outside, quantile) for quantile in (0.5, 0.99)))
