@@ -35,9 +35,11 @@ FEATURES = {
     "keep": "`--on-exit keep`: kernel path with no process",
     "adopt": "next start adopts it: counters continue, both paths",
     "accounted": "`mcr stats --check` at the end",
+    "demo": "`make demo`: relayed N of N",
 }
 
-OF_THE_RELAY = ("doctor", "trace", "capture", "accounted")
+ONCE = ("trace", "capture", "accounted", "demo")
+OF_THE_RELAY = ("doctor", *ONCE)
 OF_STACKED = ("attach", "kernel", "worker", "output", "doctor", "generic", "packet", "link")
 """What is tried with devices that are made of others."""
 
@@ -124,7 +126,7 @@ def wanted(lanes: Iterable[Lane]) -> list[tuple[str, str]]:
     """The cells that a run of these lanes must fill: feature and lane."""
     found = [(feature, RELAY) for feature in OF_THE_RELAY]
     for lane in lanes:
-        own = [feature for feature in FEATURES if feature not in ("output", "trace", "capture", "accounted")]
+        own = [feature for feature in FEATURES if feature != "output" and feature not in ONCE]
         found += [(feature, lane.name) for feature in (OF_STACKED if lane.stacked else own)]
     return found
 

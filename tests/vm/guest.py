@@ -7,6 +7,8 @@ and judges each driver by what arrived. It must run in a machine of its own, as 
 
 import json
 import os
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +21,7 @@ from typing import Any, TextIO
 
 from mcr.control import ControlClient
 from mcr.errors import McrError
+from mcr.limits import VARIABLE
 from tests.netns.lab import Lab, LabError, Process
 from tests.vm import traffic
 from tests.vm.cells import RELAY, Cell
@@ -31,6 +34,7 @@ READY_S = 600.0
 ASK_S = 300.0
 COMMAND_S = 300.0
 TAP_S = 100
+DEMO_S = 900.0
 TRACED = 5
 
 Row = dict[str, Any]
@@ -374,6 +378,17 @@ def account(trial: Trial) -> None:
     trial.say("accounted", RELAY, "" if done.returncode == 0 else (done.stdout + done.stderr)[-500:])
 
 
+def demo(trial: Trial) -> None:
+    """As a newcomer runs it, who knows of no time scale."""
+    trial.stop()
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    argv = [sys.executable, "-m", "mcr.demo"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=DEMO_S)
+    last = done.stdout.strip().rpartition("\n")[2]
+    whole = re.fullmatch(r"relayed (\d+) of \1", last)
+    trial.say("demo", RELAY, "" if whole and not done.returncode else (done.stdout + done.stderr)[-500:])
+
+
 PHASES: tuple[Callable[[Trial], None], ...] = (
     begin,
     look,
@@ -384,6 +399,7 @@ PHASES: tuple[Callable[[Trial], None], ...] = (
     jumbo,
     keep,
     account,
+    demo,
 )
 
 
