@@ -95,6 +95,11 @@ def _before(major: int, minor: int) -> Callable[[Machine], bool]:
 
 LIMITS = (
     Limit(
+        "igb refuses an MTU of 9000 while an XDP program is attached (ip: Invalid argument)",
+        ("jumbo", "jumbo-worker"),
+        ("igb",),
+    ),
+    Limit(
         "before Linux 6.3 the kernel does not say which drivers transmit redirected frames: from an interface"
         " in native mode the worker path takes the rule",
         ("kernel", "kernel-2", "kernel-6", "jumbo", "keep"),
