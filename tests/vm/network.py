@@ -138,7 +138,7 @@ class Network:
         return [link["ifname"] for link in links if "LOWER_UP" not in link["flags"]]
 
     def set_mtu(self, mtu: int) -> None:
-        """Of both ends of every cable that is no stacked device's, and whose driver can while XDP is attached."""
+        """Of both ends of every cable of a NIC or veth, if its driver can while XDP is attached."""
         for namespace in (self.gen, self.rel, self.snk):
             _ip(namespace.name, [f"link set {name} mtu {mtu}" for name in self._plain_ends(namespace)])
         self.wait_for_carriers()
