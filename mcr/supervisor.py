@@ -28,6 +28,7 @@ from mcr.desired import Desired, IdPool, Ids, Realiser, RuleState
 from mcr.drift import Drifts
 from mcr.egress_helpers import EgressHelpers
 from mcr.errors import Faults, McrError
+from mcr.limits import scaled
 from mcr.maps import MAX_INTERFACES, MAX_QUEUES, MAX_WORKERS, Maps, lookups_needed
 from mcr.membership import MembershipWorker
 from mcr.netlink import LinkMonitor, read_interfaces
@@ -42,6 +43,7 @@ RETRY_INTERVAL_S = 5.0
 QUEUES_INTERVAL_S = 1.0
 SETTLE_INTERVAL_S = 1.0
 DRIFT_INTERVAL_S = 3.0
+CHANGE_TIMEOUT_S = 3.0
 IDS_AT_ONCE = 256  # before other work of the loop gets its turn
 
 log = logging.getLogger(__name__)
@@ -249,6 +251,11 @@ class Supervisor:
             await self._apply(self.state, quietly=True)
 
     async def _stop(self) -> None:
+        """A change that is under way is finished first, so that what is kept is whole; one that hangs is not
+        waited for."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(scaled(CHANGE_TIMEOUT_S)), self._turn:
+                await self._background.stop()
         await self._background.stop()
         async with self._turn:
             stops = (each.leave() if self.keep else each.stop() for each in self.attached.values())

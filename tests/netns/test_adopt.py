@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import struct
+import time
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tests.netns.flows import (
     listen,
     relay_one,
     report,
+    send,
     spawn_send,
     stats,
     status,
@@ -290,3 +292,21 @@ def test_a_start_that_is_refused_leaves_the_kept_path_its_groups(lab: Lab) -> No
     assert refused.returncode == 1
     assert "layout unknown" in refused.stderr
     assert reception(lab, topology.relay) == RECEPTION
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.06, 0.12, 0.2, 0.4])
+def test_a_stop_in_the_middle_of_a_change_leaves_the_kept_path_whole(lab: Lab, pause_s: float) -> None:
+    """Another frame size attaches every interface anew; links change 50 ms before that is acted on."""
+    topology = lab.topology_relay(gro=True)
+    text = config(("cam", GROUP_IN, [GROUP_OUT]), path="kernel") + '[[attach]]\ninterface = "out0"\n'
+    supervisor = lab.supervisor(topology.relay, "--on-exit", "keep", config=text)
+    for namespace, interface in ((topology.src, "eth0"), (topology.relay, "in0"), (topology.relay, "out0")):
+        lab.ip(namespace, f"link set {interface} mtu 3000")
+    time.sleep(pause_s)
+    assert supervisor.terminate(30) == 0
+    sink = listen(lab, topology.dst, GROUP_HEARD, "--expect", "500", "--idle", "5")
+    send(lab, topology.src, GROUP_SENT, "--count", "500", "--rate", "5000")
+    heard = report(sink)
+    assert (heard["packets"], heard["lost"]) == (500, 0)
+    for interface in ("in0", "out0"):
+        assert "xdp" in lab.ip(topology.relay, f"link show {interface}")
