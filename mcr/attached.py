@@ -30,7 +30,7 @@ from mcr.desired import (
 )
 from mcr.errors import McrError
 from mcr.maps import MAX_QUEUES, Maps
-from mcr.rule import AGGREGATES, InterfaceFacts
+from mcr.rule import AGGREGATES, FRAIL_NATIVE, InterfaceFacts
 from mcr.rule_maps import RuleMaps
 from mcr.seat import Seat, all_done, differs
 from mcr.sockets import RouteProbe, open_packets
@@ -321,7 +321,7 @@ class AttachedInterface:
         try:
             offloads = ethtool.features(self.name)
             merges = any(offloads.get(feature) for feature in ethtool.MERGES)
-            mode = xdp_mode(self.attachment, facts, merges)
+            mode = xdp_mode(self.attachment, facts, ethtool.driver(self.name), merges)
             self._link = self._adopt(facts, mode) or loader.attach(
                 self._maps.program_fd, self.name, facts.ifindex, mode, patiently
             )
@@ -419,7 +419,7 @@ class AttachedInterface:
             self._rule_maps.resting.watch_workers(rules, outputs)
 
 
-def xdp_mode(attachment: Attachment, facts: InterfaceFacts, merges: bool) -> Mode:
+def xdp_mode(attachment: Attachment, facts: InterfaceFacts, driver: str, merges: bool) -> Mode:
     """The mode to attach in; `auto` is native, or else generic.
 
     merges: whether GRO merges UDP there. In the stack a program cannot tell a super-packet, of GRO or of a
@@ -437,14 +437,14 @@ def xdp_mode(attachment: Attachment, facts: InterfaceFacts, merges: bool) -> Mod
         return attachment.mode
     of_hardware = aggregate or (not facts.kind and facts.name != "lo")
     keeps = attachment.ingress == "xsk" or (of_hardware and not merges)
-    if aggregate and not keeps:
+    if not aggregate and driver not in FRAIL_NATIVE:
+        return "auto" if keeps else "native"
+    if not keeps:
         raise loader.XdpUnsupportedError(
             f"{facts.name} cannot run XDP in native mode, and GRO merges datagrams before generic mode",
             "choose --ingress packet, which cuts them again",
         )
-    if aggregate:
-        return "generic"
-    return "auto" if keeps else "native"
+    return "generic"
 
 
 def _with_routes(spec: InterfaceSpec, before: InterfaceSpec) -> InterfaceSpec:

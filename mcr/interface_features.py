@@ -16,7 +16,7 @@ from mcr.desired import FRAME_HEADROOM, LARGE_FRAME, longest_frame
 from mcr.errors import McrError
 from mcr.features import Check, Relay
 from mcr.maps import MAX_QUEUES
-from mcr.rule import AGGREGATES, XDP_FEATURE_BASIC, XDP_FEATURE_NDO_XMIT, InterfaceFacts
+from mcr.rule import AGGREGATES, FRAIL_NATIVE, XDP_FEATURE_BASIC, XDP_FEATURE_NDO_XMIT, InterfaceFacts
 
 XDP_FEATURE_ZERO_COPY = 8  # enum netdev_xdp_act of linux/netdev.h
 BRIDGE_QUERIER_STATE = 47  # IFLA_BR_MCAST_QUERIER_STATE of linux/if_link.h, there if a querier was heard
@@ -183,6 +183,11 @@ def _native(name: str, facts: InterfaceFacts) -> Check:
     if facts.kind in AGGREGATES:
         remedy = f"generic mode is used instead and is slower; attach the members of the {facts.kind}"
         return Check("native XDP", "no", f"it runs in the {facts.kind}'s members, and sees them", remedy)
+    if driver in FRAIL_NATIVE:
+        evidence = (
+            f"{driver} receives nothing after a link down and up in native mode, which auto leaves alone"
+        )
+        return Check("native XDP", "no", evidence, "generic mode is used instead and is slower")
     if facts.xdp_features is None:
         return Check("native XDP", "can't tell", f"driver {driver}; the kernel tells since 6.3")
     if facts.xdp_features & XDP_FEATURE_BASIC:
