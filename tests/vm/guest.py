@@ -230,7 +230,8 @@ def begin(trial: Trial) -> None:
     interfaces = trial.interfaces()
     for lane in trial.lanes:
         row = interfaces[lane.inward]
-        trial.say("attach", lane.name, row["reason"], f"{row['mode']}, {row['ingress']}")
+        copies = " without copying" if row["zero_copy"] else ""
+        trial.say("attach", lane.name, row["reason"], f"{row['mode']}, {row['ingress']}{copies}")
     wrong = trial.round(("kernel", "kernel-2", "kernel-6", "worker", "worker-6", "vlan", "output"))
     paths = trial.paths()
     for lane in trial.lanes:
