@@ -35,6 +35,7 @@ ASK_S = 300.0
 COMMAND_S = 300.0
 TAP_S = 100
 DEMO_S = 900.0
+ANEW_S = 60.0
 TRACED = 5
 
 Row = dict[str, Any]
@@ -161,6 +162,22 @@ class Trial:
             if now != seen:
                 seen, since = now, time.monotonic()
             time.sleep(1)
+
+    def set_mtu(self, mtu: int) -> None:
+        """Returns once every NIC that takes the MTU is attached anew, for frames of another size."""
+
+        def workers() -> dict[str, int]:
+            rows = self.interfaces()
+            names = [lane.inward for lane in self.nics if lane.name not in SMALL_FRAMES]
+            return {name: rows[name]["worker_pid"] for name in names}
+
+        before, deadline = workers(), time.monotonic() + ANEW_S
+        self.network.set_mtu(mtu)
+        while any(pid in (None, before[name]) for name, pid in workers().items()):
+            if time.monotonic() > deadline:
+                break  # what is wrong will show
+            time.sleep(1)
+        self.settle()
 
     def round(
         self, features: Sequence[str], lanes: Sequence[Lane] | None = None, size: int = SMALL
@@ -335,8 +352,7 @@ def link(trial: Trial) -> None:
 
 def jumbo(trial: Trial) -> None:
     """MTU 9000 while attached, and back."""
-    trial.network.set_mtu(9000)
-    trial.settle()
+    trial.set_mtu(9000)
     paths = trial.paths()
     large = trial.round(("kernel",), trial.nics, LARGE)
     small = trial.round(("worker",), trial.nics)
@@ -345,8 +361,7 @@ def jumbo(trial: Trial) -> None:
         path = _needs_kernel(trial, lane, "kernel", paths)
         trial.say("jumbo", lane.name, refused or _joined(large[lane.name, "kernel"], path))
         trial.say("jumbo-worker", lane.name, refused or small[lane.name, "worker"])
-    trial.network.set_mtu(1500)
-    trial.settle()
+    trial.set_mtu(1500)
 
 
 def keep(trial: Trial) -> None:
