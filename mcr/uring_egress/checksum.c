@@ -52,7 +52,7 @@ static bool is_whole(const struct packet *packet)
 	else
 		return true;
 	pseudo += mcr_swap16(MCR_PROTOCOL_UDP) + mcr_swap16((uint16_t)length);
-	return fold(pseudo + sum_bytes(udp, length)) == 0xffff || checksum == fold(pseudo);
+	return checksum == fold(pseudo) || fold(pseudo + sum_bytes(udp, length)) == 0xffff;
 }
 
 int checksum_verify(struct worker *worker)
