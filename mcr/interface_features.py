@@ -60,7 +60,7 @@ def _all(use: Use, facts: InterfaceFacts, attached: list[dict[str, Any]]) -> Ite
     yield _transmits(name, facts)
     yield _zero_copy(facts, attached)
     yield _queues(name, attached, use.takes_in)
-    yield _mtu(name, facts)
+    yield _mtu(name, facts, attached)
     offloads = ethtool.features(name)
     yield _merging(name, facts, offloads, attached)
     yield _tags(name, offloads)
@@ -164,9 +164,9 @@ def _queues(name: str, attached: list[dict[str, Any]], takes_in: bool) -> Check:
     return Check("queues", "yes", f"{count} receive queue{'s' if count > 1 else ''}")
 
 
-def _mtu(name: str, facts: InterfaceFacts) -> Check:
+def _mtu(name: str, facts: InterfaceFacts, attached: list[dict[str, Any]]) -> Check:
     limit = LARGE_FRAME - FRAME_HEADROOM
-    if longest_frame(facts) <= limit:
+    if longest_frame(facts) <= limit or any(row["ingress"] == "packet" for row in attached):
         return Check("MTU", "yes", f"{facts.mtu}: every frame fits a frame of the pool")
     evidence = f"{facts.mtu}: the worker path drops frames above {limit} bytes as oversize"
     remedy = (
